@@ -10,13 +10,15 @@ The tree (the built-in that each one also is, in brackets)::
     │   ├── InvalidCallable  (ValueError)   not something that can be found again by its path
     │   ├── CallableRefused  (ValueError)   outside the ``allow`` list
     │   ├── CallableNotFound (ImportError)  no such module or attribute
+    │   ├── UnknownRecurring (LookupError)  no recurring job has that name
     │   ├── InvalidArgument  (TypeError)    the wrong type, or arguments the handler cannot take
     │   └── UnknownOption    (TypeError)    an option that does not exist
     ├── PayloadUnreadable    (ValueError)   a stored payload that cannot be decoded
     ├── ObjectMissing        (LookupError)  the object a job is about is gone
     ├── IllegalTransition    (ValueError)   a status change that the table of transitions forbids
-    ├── LeaseLost                       the job was given to another worker meanwhile
+    ├── JobAborted       (RuntimeError) a handler raised SystemExit or the like; raised by ``run_due`` in its place
     ├── NotSupported         (RuntimeError) a database or configuration that cannot work
+    ├── DatabaseBusy         (RuntimeError) locked by others for longer than anybody should wait
     └── SchemaError          (RuntimeError) tables missing, or of another revision
 
 Messages name the argument, show the value (at most 80 characters of it) and say what would work; the
@@ -28,6 +30,7 @@ from __future__ import annotations
 __all__ = [
     "CallableNotFound",
     "CallableRefused",
+    "DatabaseBusy",
     "FutureJobsError",
     "IllegalTransition",
     "InvalidArgument",
@@ -35,12 +38,13 @@ __all__ = [
     "InvalidOption",
     "InvalidPayload",
     "InvalidTime",
-    "LeaseLost",
+    "JobAborted",
     "NotSupported",
     "ObjectMissing",
     "PayloadUnreadable",
     "SchemaError",
     "UnknownOption",
+    "UnknownRecurring",
     "UsageError",
     "shown",
 ]
@@ -95,6 +99,10 @@ class CallableNotFound(UsageError, ImportError):
     """A path whose module or attribute does not exist here."""
 
 
+class UnknownRecurring(UsageError, LookupError):
+    """A recurring job that does not exist; the message names the nearest that does."""
+
+
 class InvalidArgument(UsageError, TypeError):
     """A value of the wrong type, or arguments which the handler's signature cannot take."""
 
@@ -125,17 +133,23 @@ class IllegalTransition(FutureJobsError, ValueError):
         self.target = target
 
 
-class LeaseLost(FutureJobsError):
-    """The job was given to another worker meanwhile; what this attempt wrote has been rolled back."""
+class JobAborted(FutureJobsError, RuntimeError):
+    """A handler raised SystemExit, KeyboardInterrupt or the like, which must not end the process that ran it.
 
-    def __init__(self, job_id: int, attempt: int) -> None:
-        super().__init__(f"attempt {attempt} of job {job_id} no longer holds its lease; its writes were rolled back")
+    ``job_id`` says which job, ``__cause__`` is what was raised.
+    """
+
+    def __init__(self, job_id: int, error: BaseException) -> None:
+        super().__init__(f"the handler of job {job_id} raised {type(error).__name__}")
         self.job_id = job_id
-        self.attempt = attempt
 
 
 class NotSupported(FutureJobsError, RuntimeError):
     """A database version, engine or Session configuration that cannot keep the promises made here."""
+
+
+class DatabaseBusy(FutureJobsError, RuntimeError):
+    """Others have held the database's locks for longer than the library waits; nothing was lost, call again."""
 
 
 class SchemaError(FutureJobsError, RuntimeError):
