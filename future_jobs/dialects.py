@@ -1,0 +1,495 @@
+"""What a database can do. The only module that spells a dialect's name.
+
+SQLite, PostgreSQL and MySQL/MariaDB differ in five things that matter here: how a timestamp keeps its
+microseconds, which indexes may be partial, how rows are claimed without waiting, when a transaction
+really begins, and how an error says that trying again may help. `Backend` answers all five.
+"""
+
+from __future__ import annotations
+
+import json
+import sqlite3
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+from sqlalchemy import BigInteger, DateTime, Index, Integer, Text, event, text
+from sqlalchemy.dialects import mysql, postgresql
+from sqlalchemy.engine import Connection, Dialect, Engine, Transaction
+from sqlalchemy.exc import DBAPIError, OperationalError
+from sqlalchemy.pool import SingletonThreadPool, StaticPool
+from sqlalchemy.schema import Column
+from sqlalchemy.types import TypeDecorator, TypeEngine
+
+from .errors import NotSupported
+
+__all__ = [
+    "TABLE_OPTIONS",
+    "Backend",
+    "BigKey",
+    "Encoded",
+    "JSONText",
+    "LongText",
+    "UTCDateTime",
+    "Unreadable",
+    "backend_of",
+    "begin_before_savepoint",
+    "claim_indexes",
+    "configure_sqlite",
+    "job_transaction",
+    "partial_index",
+]
+
+BigKey = BigInteger().with_variant(Integer(), "sqlite")  # only an INTEGER key is a rowid alias, and so autoincrements
+# TEXT holds 64 KB there, less than a payload may have.
+LongText = Text().with_variant(mysql.LONGTEXT(), "mysql", "mariadb")
+
+TABLE_OPTIONS: dict[str, Any] = {
+    "sqlite_autoincrement": True,  # a deleted job's id is never given to another
+    # Keys and names are compared byte by byte, as on the other databases.
+    **{
+        f"{name}_{option}": value
+        for name in ("mysql", "mariadb")
+        for option, value in {"engine": "InnoDB", "charset": "utf8mb4", "collate": "utf8mb4_bin"}.items()
+    },
+}
+
+
+class UTCDateTime(TypeDecorator[datetime]):
+    """An instant: aware datetimes in, UTC with microseconds stored, aware UTC datetimes out. Refuses naive ones."""
+
+    impl = DateTime
+    cache_ok = True
+
+    def load_dialect_impl(self, dialect: Dialect) -> TypeEngine[Any]:
+        """Return the type that keeps microseconds on ``dialect``."""
+        if dialect.name == "postgresql":
+            return dialect.type_descriptor(postgresql.TIMESTAMP(timezone=True))
+        if dialect.name in {"mysql", "mariadb"}:
+            return dialect.type_descriptor(mysql.DATETIME(fsp=6))
+        return dialect.type_descriptor(DateTime())
+
+    def process_bind_param(self, value: datetime | None, dialect: Dialect) -> datetime | None:
+        """Convert to UTC; without its zone where the column has none."""
+        if value is None:
+            return None
+        if value.tzinfo is None:
+            raise ValueError(f"{value!r} has no time zone; instants are stored as aware datetimes only")
+        value = value.astimezone(UTC)
+        return value if dialect.name == "postgresql" else value.replace(tzinfo=None)
+
+    def process_result_value(self, value: datetime | None, dialect: Dialect) -> datetime | None:  # noqa: ARG002
+        """Return an aware UTC datetime."""
+        if value is None or value.tzinfo is UTC:
+            return value
+        return value.replace(tzinfo=UTC) if value.tzinfo is None else value.astimezone(UTC)
+
+    def bind_processor(self, dialect: Dialect) -> Callable[[Any], Any] | None:
+        """Return what converts a parameter: in one step for SQLite, which has text, at a third of the time."""
+        return _utc_as_text if _keeps_text(dialect) else super().bind_processor(dialect)
+
+    def result_processor(self, dialect: Dialect, coltype: object) -> Callable[[Any], Any] | None:
+        """Return what converts a column's value: in one step for SQLite."""
+        return _utc_from_text if _keeps_text(dialect) else super().result_processor(dialect, coltype)
+
+
+def _keeps_text(dialect: Dialect) -> bool:
+    return dialect.name == "sqlite" and not getattr(dialect, "native_datetime", False)
+
+
+def _utc_as_text(value: datetime | Unreadable | None) -> object:
+    if value is None:
+        return None
+    if isinstance(value, Unreadable):
+        return value.value
+    if value.tzinfo is None:
+        raise ValueError(f"{value!r} has no time zone; instants are stored as aware datetimes only")
+    return value.astimezone(UTC).isoformat(" ", "microseconds").removesuffix("+00:00")
+
+
+def _utc_from_text(value: str | None) -> datetime | Unreadable | None:
+    if value is None:
+        return None
+    try:
+        return datetime.fromisoformat(value + "+00:00")
+    except (ValueError, TypeError):
+        return _utc_from_odd_text(value)
+
+
+def _utc_from_odd_text(value: object) -> datetime | Unreadable:
+    """Read what was written by hand: with an offset, without a time, or nonsense, which must stop nobody."""
+    try:
+        instant = datetime.fromisoformat(str(value))
+        return instant.astimezone(UTC) if instant.tzinfo else instant.replace(tzinfo=UTC)
+    except (ValueError, OverflowError):
+        return Unreadable(value)
+
+
+class Encoded(str):
+    """JSON text that is stored as it is, where any other `str` would be encoded first."""
+
+    __slots__ = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Unreadable:
+    """What a column holds that should hold JSON, or a time, and does not: a row edited by hand.
+
+    It is kept, and written back, as it is. Among times it comes first, so that the job is soon looked at, and fails.
+    """
+
+    value: object
+
+    @property
+    def text(self) -> str:
+        """What the column holds, as text."""
+        return str(self.value)
+
+    def __lt__(self, other: object) -> bool:
+        return not isinstance(other, Unreadable)
+
+    def __le__(self, other: object) -> bool:
+        return True
+
+    def __gt__(self, other: object) -> bool:
+        return False
+
+    def __ge__(self, other: object) -> bool:
+        return isinstance(other, Unreadable)
+
+
+class JSONText(TypeDecorator[Any]):
+    """JSON kept as the exact text that was written.
+
+    Native JSON columns change what they store (MySQL turns large integers into floats and reorders keys) and raise
+    on reading a damaged value; this type does neither.
+    """
+
+    impl = LongText
+    cache_ok = True
+
+    def process_bind_param(self, value: Any, dialect: Dialect) -> str | None:  # noqa: ARG002
+        """Encode, unless ``value`` is `Encoded` or None."""
+        if value is None or isinstance(value, Encoded):
+            return value
+        if isinstance(value, Unreadable):
+            return value.text
+        return json.dumps(value, separators=(",", ":"))
+
+    def process_result_value(self, value: str | None, dialect: Dialect) -> Any:  # noqa: ARG002
+        """Decode; a damaged text comes back as `Unreadable`."""
+        if value is None:
+            return None
+        try:
+            return json.loads(value)
+        except (ValueError, RecursionError):
+            return Unreadable(value)
+
+
+def partial_index(name: str, *columns: str | Column[Any], where: str, unique: bool = False) -> Index:
+    """Return an index on the rows that satisfy ``where``; on all rows where a database has no partial indexes."""
+    return Index(name, *columns, unique=unique, postgresql_where=text(where), sqlite_where=text(where))
+
+
+def claim_indexes() -> tuple[Index, ...]:
+    """Return the index that claims use, and the one that finds running jobs.
+
+    Without partial indexes, one index led by ``status`` serves both.
+    """
+    partial: dict[str, Any] = {"dialect": ("postgresql", "sqlite")}
+    return (
+        partial_index("ix_future_jobs_due", "queue", "priority", "run_at", "id", where="status = 'scheduled'").ddl_if(
+            **partial
+        ),
+        partial_index("ix_future_jobs_running", "leased_by", where="status = 'running'").ddl_if(**partial),
+        Index("ix_future_jobs_status", "status", "queue", "priority", "run_at", "id").ddl_if(
+            dialect=("mysql", "mariadb")  # type: ignore[arg-type]
+        ),
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Backend:
+    """What one database can do."""
+
+    name: str
+    returning: bool  # UPDATE ... RETURNING
+    skip_locked: bool  # SELECT ... FOR UPDATE SKIP LOCKED
+    recursive_scan: bool  # a recursive CTE may step through an index; MariaDB reads the whole of it instead
+    json_rows: bool  # INSERT ... SELECT ... FROM json_each(:rows) is the fastest bulk insert
+    own_clock: bool  # it has a clock of its own, which judges what is due
+    isolation_level: str | None  # for the library's own transactions
+    oldest: tuple[int, ...]  # the oldest version that keeps the promises
+
+    def begin(self, connection: Connection) -> None:
+        """Begin one of the library's own transactions.
+
+        On SQLite the write lock is taken first, so that the busy timeout applies: a transaction that reads first
+        and then writes fails at once when another process wrote in between, however long the timeout.
+        """
+        if not connection.in_transaction():
+            connection.begin()
+        if self.name == "sqlite":
+            take_write_lock(connection)
+
+
+SQLITE = Backend(
+    name="sqlite",
+    returning=True,
+    skip_locked=False,
+    recursive_scan=True,
+    json_rows=True,
+    own_clock=False,
+    isolation_level=None,
+    oldest=(3, 35),
+)
+POSTGRESQL = Backend(
+    name="postgresql",
+    returning=True,
+    skip_locked=True,
+    recursive_scan=True,
+    json_rows=False,
+    own_clock=True,
+    isolation_level="READ COMMITTED",
+    oldest=(12,),
+)
+MYSQL = Backend(
+    name="mysql",
+    returning=False,
+    skip_locked=True,
+    recursive_scan=False,
+    json_rows=False,
+    own_clock=True,
+    isolation_level="READ COMMITTED",
+    oldest=(8, 0, 1),
+)
+_BACKENDS = {"sqlite": SQLITE, "postgresql": POSTGRESQL, "mysql": MYSQL, "mariadb": MYSQL}
+
+
+def backend_of(bind: Engine | Connection | Dialect) -> Backend:
+    """Return what the database behind ``bind`` can do; raise `NotSupported` for any other kind."""
+    name = (bind if isinstance(bind, Dialect) else bind.dialect).name
+    try:
+        return _BACKENDS[name]
+    except KeyError:
+        raise NotSupported(f"{name} is not supported; use SQLite, PostgreSQL, MySQL or MariaDB") from None
+
+
+def check_version(connection: Connection) -> None:
+    """Raise `NotSupported` if the database is older than what claiming jobs needs."""
+    backend = backend_of(connection)
+    found = tuple(connection.dialect.server_version_info or ())
+    maria = getattr(connection.dialect, "is_mariadb", False)
+    oldest = (10, 6) if maria else backend.oldest
+    if found and found < oldest:
+        name = "mariadb" if maria else backend.name
+        dotted = ".".join(map(str, found))
+        raise NotSupported(f"{name} {dotted} is too old; future_jobs needs {'.'.join(map(str, oldest))} or newer")
+
+
+def is_single_connection(engine: Engine) -> bool:
+    """Tell whether the whole database is one connection: in-memory SQLite, or a pool of exactly one."""
+    if isinstance(engine.pool, StaticPool | SingletonThreadPool):
+        return True
+    return engine.dialect.name == "sqlite" and engine.url.database in {None, "", ":memory:"}
+
+
+def is_autocommit(bind: Engine | Connection) -> bool:
+    """Tell whether ``bind`` is in autocommit mode, as far as one can know without a transaction."""
+    default = getattr(bind.dialect, "_on_connect_isolation_level", None)
+    return bind.get_execution_options().get("isolation_level", default) == "AUTOCOMMIT"
+
+
+def cannot_roll_back(connection: Connection) -> bool:
+    """Tell whether the driver commits each statement by itself, although a transaction was begun.
+
+    Python's SQLite driver does so if it was told not to begin transactions, and nobody else does.
+    """
+    if connection.dialect.name != "sqlite":
+        return False
+    driver = _driver(connection)
+    if getattr(driver, "autocommit", None) is True:  # Python 3.12
+        return True
+    return driver.isolation_level is None and not driver.in_transaction
+
+
+def keeps_snapshot(connection: Connection) -> bool:
+    """Tell whether a transaction here cannot write a row that others have changed since its first statement."""
+    name, version = connection.dialect.name, connection.dialect.server_version_info or ()
+    default = getattr(connection.dialect, "_on_connect_isolation_level", None) or connection.default_isolation_level
+    level = connection.get_execution_options().get("isolation_level", default)
+    if name == "postgresql":
+        return level in {"REPEATABLE READ", "SERIALIZABLE"}
+    # innodb_snapshot_isolation, on by default since then
+    return getattr(connection.dialect, "is_mariadb", False) and version >= (11, 6, 2) and level == "REPEATABLE READ"
+
+
+def change_counter(connection: Connection) -> Callable[[], int] | None:
+    """Return what reads a number that changes with every commit of others; None where a database has no such number.
+
+    Reading it takes no lock and no disk access.
+    """
+    if connection.dialect.name != "sqlite":
+        return None
+    driver = _driver(connection)
+
+    def read() -> int:
+        found: int = driver.execute("PRAGMA data_version").fetchone()[0]
+        if driver.in_transaction:  # Python 3.12's autocommit=False; a snapshot would never change
+            driver.rollback()
+        return found
+
+    return read
+
+
+# --- SQLite: a file that several processes use ---------------------------------------------------------------------
+
+
+def configure_sqlite(engine: Engine, *, timeout: timedelta = timedelta(seconds=30)) -> Engine:
+    """Set an engine on an SQLite file up for several processes, and return it; any other engine is left as it is.
+
+    Write-ahead logging, so that readers and the writer do not wait for each other; ``synchronous = NORMAL``, so that a
+    commit does not wait for the disk (a power cut may take back the last commits, in order); and ``timeout`` for locks.
+    To be called before the engine is first used.
+    """
+    if engine.dialect.name != "sqlite":
+        return engine
+    milliseconds = int(timeout / timedelta(milliseconds=1))
+
+    def configure(connection: Any, _record: object) -> None:
+        cursor = connection.cursor()
+        for setting in ("journal_mode = WAL", "synchronous = NORMAL", f"busy_timeout = {milliseconds}"):
+            cursor.execute(f"PRAGMA {setting}")
+        cursor.close()
+
+    event.listen(engine, "connect", configure)
+    return engine
+
+
+# --- SQLite: when a transaction begins ----------------------------------------------------------------------------
+
+
+def _driver(connection: Connection) -> Any:
+    return connection.connection.driver_connection
+
+
+def _in_transaction(connection: Connection) -> bool:
+    return bool(_driver(connection).in_transaction)
+
+
+def has_written(connection: Connection) -> bool:
+    """Tell whether a transaction may hold anything that a rollback would lose."""
+    return connection.dialect.name != "sqlite" or _in_transaction(connection)
+
+
+def take_write_lock(connection: Connection) -> None:
+    """Take SQLite's one write lock, waiting as long as the busy timeout says, in a transaction that has just begun.
+
+    A deferred BEGIN that an event of the application's sent with it is replaced.
+    """
+    driver = _driver(connection)
+    if getattr(driver, "autocommit", None) is False:  # Python 3.12: always in a transaction
+        connection.exec_driver_sql("UPDATE future_jobs_scheduled_job SET id = id WHERE id IS NULL")
+        return
+    if driver.in_transaction:
+        connection.connection.rollback()
+    connection.exec_driver_sql("BEGIN IMMEDIATE")
+
+
+def begin_before_savepoint(engine: Engine) -> None:
+    """Make a SAVEPOINT on SQLite nest in a real transaction.
+
+    Python's driver begins a transaction before the first INSERT, UPDATE or DELETE, but not before a SAVEPOINT; one
+    that comes first is itself the transaction, and releasing it commits. Nothing else of the engine is touched.
+    """
+    if engine.dialect.name == "sqlite" and not event.contains(engine, "savepoint", _begin_immediate):
+        event.listen(engine, "savepoint", _begin_immediate)
+
+
+def _begin_immediate(connection: Connection, name: str | None) -> None:  # noqa: ARG001
+    if not _in_transaction(connection):
+        connection.exec_driver_sql("BEGIN IMMEDIATE")
+
+
+@contextmanager
+def job_transaction(connection: Connection) -> Iterator[None]:
+    """Let a handler read without holding SQLite's write lock, and write without failing because others wrote.
+
+    The driver's default does both: reads run outside a transaction and the first write begins one. An engine that was
+    configured otherwise is put into that mode for the time of one job; see `begin_lazily`.
+    """
+    if connection.dialect.name != "sqlite" or connection.in_transaction():  # the latter: somebody else's, around it all
+        yield
+        return
+    raw = _driver(connection)
+    lazy = {"isolation_level": ""}
+    if hasattr(raw, "autocommit"):  # Python 3.12
+        lazy["autocommit"] = sqlite3.LEGACY_TRANSACTION_CONTROL  # type: ignore[attr-defined]
+    before = {name: getattr(raw, name) for name in lazy}
+    if before == lazy:
+        yield
+        return
+    raw.rollback()
+    for name, value in lazy.items():
+        setattr(raw, name, value)
+    try:
+        yield
+    finally:
+        raw.rollback()
+        for name, value in before.items():
+            setattr(raw, name, value)
+
+
+def begin_lazily(connection: Connection) -> Transaction:
+    """Begin a transaction; on SQLite undo the BEGIN that an event of the application's may have sent with it.
+
+    A deferred BEGIN takes its snapshot at the first read, and a write after that fails at once if another process
+    wrote in between.
+    """
+    transaction = connection.begin()
+    if connection.dialect.name == "sqlite" and _in_transaction(connection):
+        connection.connection.rollback()
+    return transaction
+
+
+# --- what an error means ------------------------------------------------------------------------------------------
+
+_RETRY_SQLSTATES = {"40001", "40P01", "55P03", "25006", "57P01", "57P02", "57P03"}
+_RETRY_MYSQL = {1205, 1213, 1020}
+_RETRY_SQLITE = {sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED}
+
+
+def is_lock_error(error: BaseException) -> bool:
+    """Tell whether ``error`` is a deadlock, a serialization failure or a lock that was not given in time."""
+    original = getattr(error, "orig", None)
+    if not isinstance(error, DBAPIError) or original is None:
+        return False
+    if isinstance(original, sqlite3.OperationalError):
+        return (getattr(original, "sqlite_errorcode", 0) & 0xFF) in _RETRY_SQLITE
+    if getattr(original, "sqlstate", None) in _RETRY_SQLSTATES:
+        return True
+    return bool(original.args) and original.args[0] in _RETRY_MYSQL
+
+
+def is_disconnect(error: BaseException) -> bool:
+    """Tell whether the connection was lost; what it was doing may or may not have happened."""
+    return isinstance(error, DBAPIError) and bool(error.connection_invalidated)
+
+
+def is_away(error: BaseException) -> bool:
+    """Tell whether the connection was lost, or none could be had."""
+    if is_disconnect(error):
+        return True
+    # No statement and no deadlock: the server refuses the connection, or is starting, or gave up on a commit.
+    return isinstance(error, OperationalError) and error.statement is None and not is_lock_error(error)
+
+
+def is_missing_table(error: BaseException) -> bool:
+    """Tell whether ``error`` says that a table does not exist."""
+    original = getattr(error, "orig", None)
+    if getattr(original, "sqlstate", None) == "42P01":
+        return True
+    args = getattr(original, "args", ()) or ("",)
+    return args[0] == 1146 or (isinstance(error, OperationalError) and "no such table" in str(args[0]))  # noqa: PLR2004

@@ -1,0 +1,274 @@
+"""The tables.
+
+A `ScheduledJob` is one call to make, a `JobFailure` one attempt at it that went wrong, a `RecurringJob` the rule that
+makes new jobs. All three live on the library's own `Base`, so that an application's metadata stays its own; reading
+them is what they are for. Their states are written by ``lifecycle.py`` alone.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from datetime import datetime, timedelta
+from functools import partial
+from typing import TYPE_CHECKING, Any, Unpack, cast
+
+from sqlalchemy import Computed, ForeignKey, Index, Integer, MetaData, SmallInteger, String
+from sqlalchemy.engine import Dialect
+from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column, object_session
+from sqlalchemy.types import TypeDecorator
+
+from . import payloads
+from .dialects import (
+    TABLE_OPTIONS,
+    BigKey,
+    Encoded,
+    JSONText,
+    LongText,
+    Unreadable,
+    UTCDateTime,
+    claim_indexes,
+    partial_index,
+)
+from .errors import ObjectMissing, UsageError
+from .status import Status
+
+if TYPE_CHECKING:
+    from .options import JobOptions
+    from .times import When
+
+__all__ = ["SCHEDULER", "Base", "JobFailure", "RecurringJob", "ScheduledJob", "metadata"]
+
+SCHEDULER = "future_jobs.scheduler"  # where a Session's info keeps its Scheduler
+
+NAMING = {
+    "pk": "pk_%(table_name)s",
+    "fk": "fk_%(table_name)s_%(column_0_name)s",
+    "uq": "uq_%(table_name)s_%(column_0_name)s",
+    "ck": "ck_%(table_name)s_%(constraint_name)s",
+    "ix": "ix_%(table_name)s_%(column_0_name)s",
+}
+
+UNIQUE_SLOT = "CASE WHEN status = 'scheduled' OR (status = 'running' AND unique_until = 'finished') THEN unique_key END"
+
+
+class Base(DeclarativeBase):
+    """The library's own declarative base: its metadata holds the library's tables and nothing else."""
+
+    metadata = MetaData(naming_convention=NAMING)
+
+
+metadata = Base.metadata
+
+
+def loaded(session: Session, cls: type, identity: tuple[Any, ...], *, required: bool = True) -> Any:
+    """Return the mapped object ``identity`` of ``cls``; None, or `ObjectMissing` if ``required``, where it is gone."""
+    found = session.get(cls, identity)
+    if found is None and required:
+        raise ObjectMissing(cls.__qualname__, identity[0] if len(identity) == 1 else identity)
+    return found
+
+
+class StatusText(TypeDecorator[Status]):
+    """A `Status` kept as its text. A text that is none, in a row edited by hand, comes back as it is."""
+
+    impl = String(10)
+    cache_ok = True
+
+    def process_result_value(self, value: str | None, dialect: Dialect) -> Status | None:  # noqa: ARG002
+        """Return the member, or the text where there is none."""
+        try:
+            return Status(value) if value is not None else None
+        except ValueError:
+            return cast("Status", value)
+
+
+class ScheduledJob(Base):
+    """One call to make: what, when, for how long it makes sense, and how it went.
+
+    ``(id, attempt)`` is the fencing token: ``attempt`` grows with every claim and is never lowered.
+    """
+
+    __tablename__ = "future_jobs_scheduled_job"
+    __mapper_args__ = {"eager_defaults": False}  # noqa: RUF012
+
+    id: Mapped[int] = mapped_column(BigKey, primary_key=True)
+
+    callable_name: Mapped[str] = mapped_column(String(500))
+    args: Mapped[Any] = mapped_column(JSONText, default=Encoded("[]"))
+    kwargs: Mapped[Any] = mapped_column(JSONText, default=Encoded("{}"))
+    content_type: Mapped[str | None] = mapped_column(String(255))
+    content_key: Mapped[str | None] = mapped_column(String(255))
+    # What only a run needs: backoff, retry_on, transaction, missing, ...
+    options: Mapped[Any] = mapped_column(JSONText, nullable=True)
+    tags: Mapped[Any] = mapped_column(JSONText, nullable=True)
+
+    queue: Mapped[str] = mapped_column(String(100), default="default")
+    priority: Mapped[int] = mapped_column(SmallInteger, default=0)
+    status: Mapped[Status] = mapped_column(StatusText, default=Status.SCHEDULED)
+    run_at: Mapped[datetime] = mapped_column(UTCDateTime)  # moves when a job is retried or snoozed
+    nominal_at: Mapped[datetime] = mapped_column(UTCDateTime)  # what it was scheduled for; never moves
+    expires_at: Mapped[datetime | None] = mapped_column(UTCDateTime)
+
+    attempt: Mapped[int] = mapped_column(Integer, default=0)
+    failures: Mapped[int] = mapped_column(Integer, default=0)
+    max_attempts: Mapped[int] = mapped_column(Integer, default=1)
+    losses: Mapped[int] = mapped_column(Integer, default=0)
+    snoozes: Mapped[int] = mapped_column(Integer, default=0)
+    leased_by: Mapped[str | None] = mapped_column(String(200))
+    leased_until: Mapped[datetime | None] = mapped_column(UTCDateTime)
+    cancel_requested_at: Mapped[datetime | None] = mapped_column(UTCDateTime)
+
+    created_at: Mapped[datetime] = mapped_column(UTCDateTime)
+    started_at: Mapped[datetime | None] = mapped_column(UTCDateTime)
+    finished_at: Mapped[datetime | None] = mapped_column(UTCDateTime)
+    return_value: Mapped[Any] = mapped_column(JSONText, nullable=True)
+    error: Mapped[str | None] = mapped_column(LongText)
+    progress: Mapped[Any] = mapped_column(JSONText, nullable=True)
+
+    unique_key: Mapped[str | None] = mapped_column(String(255))
+    unique_until: Mapped[str | None] = mapped_column(String(8))
+    unique_slot: Mapped[str | None] = mapped_column(String(255), Computed(UNIQUE_SLOT, persisted=True))
+    concurrency_key: Mapped[str | None] = mapped_column(String(255))
+    concurrency_limit: Mapped[int | None] = mapped_column(Integer)
+
+    recurring_id: Mapped[int | None] = mapped_column(BigKey)
+
+    __table_args__ = (
+        *claim_indexes(),
+        partial_index("uq_future_jobs_unique_slot", "unique_slot", where="unique_slot IS NOT NULL", unique=True),
+        partial_index("ix_future_jobs_content", "content_type", "content_key", where="content_type IS NOT NULL"),
+        partial_index("ix_future_jobs_concurrency", "concurrency_key", "status", where="concurrency_key IS NOT NULL"),
+        partial_index(
+            "uq_future_jobs_recurring",
+            "recurring_id",
+            "nominal_at",
+            where="recurring_id IS NOT NULL",
+            unique=True,
+        ),
+        TABLE_OPTIONS,
+    )
+
+    def __repr__(self) -> str:
+        status, name = self.__dict__.get("status"), self.__dict__.get("callable_name")
+        if (status is None or name is None) and object_session(self) is not None:
+            status, name = self.status, self.callable_name
+        return f"<{type(self).__name__} ({status}) callable={name!r}>"
+
+    @property
+    def session(self) -> Session:
+        """The Session this object lives in; inside a handler, the job's own."""
+        session = object_session(self)
+        if session is None:
+            raise UsageError("this job is in no Session (it was rolled back, deleted or detached)")
+        return session
+
+    @property
+    def content_object(self) -> Any:
+        """The mapped object this job is bound to, loaded through `session`; None if it is bound to none.
+
+        Raises `ObjectMissing` if it was deleted.
+        """
+        if self.content_type is None or self.content_key is None:
+            return None
+        return payloads.load_reference(self.content_type, self.content_key, load=self._load, permit=self._permit)
+
+    @property
+    def result(self) -> Any:
+        """What the handler returned, of the types it had; `return_value` is the same as JSON data."""
+        stored = self.return_value
+        text = stored.text if isinstance(stored, Unreadable) else json.dumps(stored)
+        return payloads.decode(text, load=self._load, permit=self._permit)
+
+    @property
+    def late_by(self) -> timedelta | None:
+        """How long after its time it was last started; None if it never was."""
+        return None if self.started_at is None else self.started_at - self.nominal_at
+
+    def reschedule(
+        self,
+        when: When,
+        *,
+        args: Sequence[Any] | None = None,
+        kwargs: Mapping[str, Any] | None = None,
+        **options: Unpack[JobOptions],
+    ) -> ScheduledJob:
+        """Schedule a copy of this job, ``when`` counted from the time this one was scheduled for.
+
+        What is not given is copied. Takes the options of `Scheduler.schedule`.
+        """
+        from future_jobs import Scheduler  # noqa: PLC0415 (the public face, resolved late: this room is above it)
+
+        return Scheduler.of(self.session).reschedule(self, when, args=args, kwargs=kwargs, **options)
+
+    @property
+    def _load(self) -> Callable[[type, tuple[Any, ...]], Any]:
+        return partial(loaded, self.session)
+
+    @property
+    def _permit(self) -> Callable[[str], None] | None:
+        """What the Scheduler of the session allows; a row must not name what a job may not."""
+        return getattr(self.session.info.get(SCHEDULER), "check_class", None)
+
+
+class JobFailure(Base):
+    """One attempt that failed or was lost. A job that goes well has none."""
+
+    __tablename__ = "future_jobs_job_failure"
+    __table_args__ = (Index("ix_future_jobs_failure_job", "job_id"), TABLE_OPTIONS)
+
+    id: Mapped[int] = mapped_column(BigKey, primary_key=True)
+    job_id: Mapped[int] = mapped_column(BigKey, ForeignKey(ScheduledJob.id, ondelete="CASCADE"))
+    attempt: Mapped[int] = mapped_column(Integer)
+    failed_at: Mapped[datetime] = mapped_column(UTCDateTime)
+    worker: Mapped[str | None] = mapped_column(String(200))
+    error_type: Mapped[str] = mapped_column(String(255))
+    traceback: Mapped[str] = mapped_column(LongText)
+
+    def __repr__(self) -> str:
+        return f"<JobFailure of job {self.job_id}, attempt {self.attempt}: {self.error_type}>"
+
+
+class RecurringJob(Base):
+    """A rule that makes jobs: what to call, how often, and what to do about the times that were missed."""
+
+    __tablename__ = "future_jobs_recurring_job"
+
+    id: Mapped[int] = mapped_column(BigKey, primary_key=True)
+    name: Mapped[str] = mapped_column(String(200), unique=True)
+    rule: Mapped[str] = mapped_column(LongText)
+    timezone: Mapped[str | None] = mapped_column(String(64))
+    anchor_at: Mapped[datetime] = mapped_column(UTCDateTime)
+
+    callable_name: Mapped[str] = mapped_column(String(500))
+    args: Mapped[Any] = mapped_column(JSONText)
+    kwargs: Mapped[Any] = mapped_column(JSONText)
+    content_type: Mapped[str | None] = mapped_column(String(255))
+    content_key: Mapped[str | None] = mapped_column(String(255))
+    options: Mapped[Any] = mapped_column(JSONText)  # of the jobs it makes
+
+    catch_up: Mapped[str] = mapped_column(String(10))
+    catch_up_window: Mapped[str | None] = mapped_column(String(64))
+    overlap: Mapped[str] = mapped_column(String(10))
+    jitter: Mapped[str | None] = mapped_column(String(64))
+    start_at: Mapped[datetime | None] = mapped_column(UTCDateTime)
+    end_at: Mapped[datetime | None] = mapped_column(UTCDateTime)
+    run_limit: Mapped[int | None] = mapped_column(Integer)
+
+    next_run_at: Mapped[datetime | None] = mapped_column(UTCDateTime)
+    last_run_at: Mapped[datetime | None] = mapped_column(UTCDateTime)
+    paused_at: Mapped[datetime | None] = mapped_column(UTCDateTime)
+    fired: Mapped[int] = mapped_column(BigKey, default=0)
+    missed: Mapped[int] = mapped_column(BigKey, default=0)
+    skipped: Mapped[int] = mapped_column(BigKey, default=0)
+    error: Mapped[str | None] = mapped_column(LongText)  # why it cannot go on
+    created_at: Mapped[datetime] = mapped_column(UTCDateTime)
+    updated_at: Mapped[datetime] = mapped_column(UTCDateTime)
+
+    __table_args__ = (
+        partial_index("ix_future_jobs_next_run", "next_run_at", where="paused_at IS NULL"),
+        TABLE_OPTIONS,
+    )
+
+    def __repr__(self) -> str:
+        return f"<RecurringJob {self.name!r} ({self.rule})>"
