@@ -1,0 +1,133 @@
+"""What may be said about a job besides when and what. One `TypedDict`, checked in one place."""
+
+from __future__ import annotations
+
+import unicodedata
+from collections.abc import Iterable, Mapping, Sequence
+from difflib import get_close_matches
+from typing import Any, Literal, TypedDict
+
+from .errors import InvalidArgument, InvalidOption, UnknownOption, shown
+from .retries import BackoffOption, dump_backoff, dump_exceptions
+from .times import When
+
+__all__ = ["MAX_PRIORITY", "MAX_QUEUE", "JobOptions", "checked", "checked_word", "run_options"]
+
+MAX_PRIORITY = 100
+MAX_QUEUE = 100
+MAX_ATTEMPTS = 1_000_000
+MAX_TAGS = 50
+
+Exceptions = type[BaseException] | str | Sequence[type[BaseException] | str]
+
+
+class JobOptions(TypedDict, total=False):
+    """The options of `schedule`, `enqueue`, `schedule_many`, `reschedule`, `recurring` and ``@job(...)``."""
+
+    expires: When | None
+    queue: str
+    priority: int
+    content_object: object
+    max_attempts: int
+    backoff: BackoffOption | None
+    retry_on: Exceptions
+    discard_on: Exceptions
+    transaction: Literal["job", "own"]
+    missing: Literal["fail", "discard", "none"]
+    tags: Iterable[str]
+
+
+NAMES = tuple(JobOptions.__annotations__)
+
+
+def checked(given: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
+    """Return ``defaults`` overlaid with ``given``, every value checked.
+
+    Raises `UnknownOption` naming the nearest option, `InvalidOption` for a value outside its range, and
+    `InvalidArgument` for one of the wrong type.
+    """
+    options = {**defaults, **given} if defaults else dict(given)
+    for name, value in options.items():
+        if name not in NAMES:
+            raise _unknown(name)
+        if name in _CHECKS:
+            options[name] = _CHECKS[name](name, value)
+    return options
+
+
+def run_options(options: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Return, as JSON data for the row, those of the checked ``options`` that only the run needs."""
+    kept = {name: options[name] for name in _RUN if options.get(name) not in (None, _RUN[name])}
+    return kept or None
+
+
+_RUN = {"backoff": None, "retry_on": None, "discard_on": None, "transaction": "job", "missing": "fail"}
+
+
+def _unknown(name: str) -> UnknownOption:
+    close = get_close_matches(name, NAMES, n=1, cutoff=0.5)
+    hint = f"did you mean {close[0]!r}?" if close else f"there are {', '.join(NAMES)}"
+    return UnknownOption(f"there is no option {name!r}; {hint}", argument=name)
+
+
+def _integer(lowest: int, highest: int) -> Any:
+    def check(name: str, value: Any) -> int:
+        if isinstance(value, bool) or not isinstance(value, int):
+            raise InvalidArgument(
+                f"{name} is {shown(value)}; pass a whole number from {lowest} to {highest}", argument=name, value=value
+            )
+        if not lowest <= value <= highest:
+            raise InvalidOption(f"{name} is {shown(value)}; use {lowest} to {highest}", argument=name, value=value)
+        return value
+
+    return check
+
+
+def checked_word(name: str, value: Any) -> str:
+    """Return ``value``, the name of a queue or a tag; raise for what is none."""
+    if not isinstance(value, str):
+        raise InvalidArgument(f"{name} is {shown(value)}; pass text", argument=name, value=value)
+    if not 1 <= len(value) <= MAX_QUEUE or value != value.strip() or any(map(_is_control, value)):
+        raise InvalidOption(
+            f"{name} is {shown(value)}; use 1 to {MAX_QUEUE} printable characters, no space at the ends",
+            argument=name,
+            value=value,
+        )
+    return value
+
+
+def _is_control(character: str) -> bool:
+    return unicodedata.category(character) in {"Cc", "Cs", "Cn"}
+
+
+def _one_of(*choices: str) -> Any:
+    def check(name: str, value: Any) -> str:
+        if value not in choices:
+            raise InvalidOption(
+                f"{name} is {shown(value)}; use {' or '.join(map(repr, choices))}", argument=name, value=value
+            )
+        return str(value)
+
+    return check
+
+
+def _tags(name: str, value: Any) -> list[str]:
+    if isinstance(value, str) or not isinstance(value, Iterable):
+        raise InvalidArgument(f"{name} is {shown(value)}; pass a list of words", argument=name, value=value)
+    tags = [checked_word(f"{name}[{position}]", tag) for position, tag in enumerate(value)]
+    if len(tags) > MAX_TAGS:
+        raise InvalidOption(f"{name} has {len(tags)} words; use at most {MAX_TAGS}", argument=name, value=value)
+    return tags
+
+
+_CHECKS = {
+    "queue": checked_word,
+    "priority": _integer(-MAX_PRIORITY, MAX_PRIORITY),
+    "max_attempts": _integer(1, MAX_ATTEMPTS),
+    "backoff": lambda name, value: dump_backoff(value),  # noqa: ARG005
+    "retry_on": lambda name, value: dump_exceptions(value, name),
+    "discard_on": lambda name, value: dump_exceptions(value, name),
+    "transaction": _one_of("job", "own"),
+    "missing": _one_of("fail", "discard", "none"),
+    "tags": _tags,
+}

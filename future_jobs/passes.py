@@ -1,0 +1,340 @@
+"""One pass over what is due: claim, run, settle, until nothing is left that was due when it began.
+
+The pass runs in the calling thread. It claims as many jobs as it can run in about a tenth of a second, so that fast
+jobs come in large batches and slow ones leave the rest to others. What never touched its Session is completed together
+with the next claim; what did is completed in its own transaction.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import secrets
+import signal
+import socket
+import threading
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from datetime import datetime, timedelta
+from time import monotonic
+from typing import Any
+
+from sqlalchemy.engine import Connection, Row
+
+from . import events, execution, lifecycle, statements, ticks
+from .errors import JobAborted
+from .lifecycle import Failed
+from .performing import Ended, Performer, tell, told
+from .sessions import JobSession
+from .statements import Level, Token
+from .status import Status
+from .times import utc_now
+from .units import Units
+
+__all__ = ["Pass", "RunReport", "worker_name"]
+
+LEASE = timedelta(seconds=60)
+BATCH_SECONDS = 0.1  # claim what can be run in about this time
+BATCH_MOST = 200
+ACK_SECONDS = 0.01  # a completion waits at most this long, or for the next claim
+
+
+@dataclass(slots=True)
+class RunReport:
+    """What a pass did: how many jobs ended in each way, and which were run, in order."""
+
+    complete: int = 0
+    failed: int = 0
+    retried: int = 0
+    snoozed: int = 0
+    expired: int = 0
+    cancelled: int = 0
+    lost: int = 0
+    job_ids: list[int] = field(default_factory=list)
+
+
+def worker_name() -> str:
+    """Return a name for a claimer that no other has, on any host, at any time."""
+    return f"{socket.gethostname()[:100]}:{os.getpid()}:{secrets.token_hex(6)}"
+
+
+@dataclass(slots=True)
+class _Place:
+    """Where the claims of one level have come to."""
+
+    level: Level
+    after: tuple[datetime, int]
+
+
+class Pass:
+    """One call of `Scheduler.run_due`."""
+
+    def __init__(
+        self,
+        units: Units,
+        open_session: Callable[[Row[Any]], JobSession],
+        context: execution.Context,
+        *,
+        now: datetime,
+        delete_completed: bool = False,
+        ignore_errors: bool = False,
+        queues: frozenset[str] | None = None,
+        limit: int | None = None,
+    ) -> None:
+        self.units = units
+        self.context = context
+        self.now = now
+        self.ignore_errors = ignore_errors
+        self.queues = queues
+        self.left = math.inf if limit is None else limit
+        self.worker = worker_name()
+        self.performer = Performer(units, open_session, context, worker=self.worker, delete_completed=delete_completed)
+        self.report = RunReport()
+        self._began = monotonic()
+        self._newest = 0
+        self._groups: list[list[_Place]] = []  # by priority; within one, a place for each queue
+        self._unstarted: deque[Row[Any]] = deque()
+        self._done: list[Ended] = []
+        self._done_since = 0.0
+        self._seconds: dict[str, float] = {}  # how long the last run of a callable took
+        self._average = BATCH_SECONDS
+
+    def run(self) -> RunReport:
+        """Run what is due; raise the first error that a handler raised unless errors are ignored."""
+        with ExitStack() as stack:
+            stack.enter_context(_interrupts(self.context))
+            stack.callback(self._hand_back)
+            self._rescue()
+            ticks.tick(self.units, now=self.now)
+            self._look()
+            stack.enter_context(self._renewal())
+            while self._claim():
+                while self._unstarted:
+                    self._perform(self._unstarted[0])  # interrupted, it is handed back with the others
+        return self.report
+
+    # --- before the first claim
+
+    def _look(self) -> None:
+        """Find the levels with jobs due, and on the way take back what the dead hold and expire what is too late.
+
+        Looking only reads: where there is nothing to do, nothing is written and no lock is taken.
+        """
+
+        def look(connection: Connection) -> list[Level]:
+            due = [level for level in statements.levels(connection) if self._serves(level)]
+            self._newest = statements.newest(connection) if due else 0
+            late.extend(level for level in due if statements.is_any_expired(connection, level, now=self.now))
+            return due
+
+        late: list[Level] = []
+        for level in self.units.read(look):
+            if level in late:
+                self._expire(level)
+            place = _Place(level, (level.first_at, 0))
+            if self._groups and self._groups[-1][0].level.priority == level.priority:
+                self._groups[-1].append(place)
+            else:
+                self._groups.append([place])
+
+    def _serves(self, level: Level) -> bool:
+        return level.first_at <= self.now and (self.queues is None or level.queue in self.queues)
+
+    def _rescue(self) -> None:
+        # A single pass cannot watch whether a lease moves; a whole lease after its end it is over for certain.
+        before = self._time() - LEASE
+        while self.units.read(lambda connection: statements.is_any_abandoned(connection, before=before)):
+            rescued = self.units.write(lambda connection: lifecycle.rescue(connection, now=self._time(), grace=LEASE))
+            for row, status in rescued:
+                tell("rescued", row, attempt=row.attempt, worker=row.leased_by, losses=row.losses + 1)
+                if status is Status.FAILED:
+                    tell("failed", row, attempt=row.attempt, seconds=0.0, error_type="WorkerLost", error="worker lost")
+            if not rescued:
+                return  # somebody else is at it
+
+    def _expire(self, level: Level) -> None:
+        while gone := self.units.write(lambda connection: lifecycle.expire(connection, level, now=self.now)):
+            self.report.expired += len(gone)
+            for row in gone:
+                tell("expired", row, run_at=row.run_at, expires_at=row.expires_at)
+
+    # --- claiming
+
+    def _claim(self) -> bool:
+        wanted = int(min(BATCH_MOST, max(1, BATCH_SECONDS / self._average), self.left))
+        if not self._done and not (self._groups and wanted):
+            return False  # nothing to write: no lock is taken
+        done, self._done = self._done, []
+
+        def work(connection: Connection) -> tuple[list[Ended], list[Row[Any]], list[list[_Place]]]:
+            ended = self.performer.complete(connection, done)
+            return ended, *self._take(connection, wanted)
+
+        try:
+            ended, rows, self._groups = self.units.write(work)
+        except BaseException:
+            self._done = done
+            raise
+        for each in ended:
+            self._count(each)
+        self.left -= len(rows)
+        if events.wanted("claimed"):
+            for row in rows:
+                tell("claimed", row, attempt=row.attempt, worker=self.worker)
+        requeued = self.context.requeued
+        again = [row for row in rows if row.id in requeued] if requeued else []
+        if again:
+            self._release(again, "it waits for the next pass")
+        self._unstarted = deque(row for row in rows if row.id not in requeued) if again else deque(rows)
+        return bool(rows)
+
+    def _take(self, connection: Connection, wanted: int) -> tuple[list[Row[Any]], list[list[_Place]]]:
+        rows: list[Row[Any]] = []
+        groups = [list(group) for group in self._groups]
+        while groups and len(rows) < wanted:
+            share = math.ceil((wanted - len(rows)) / len(groups[0]))  # queues of one priority take turns
+            left = []
+            for place in groups[0]:
+                asked = min(share, wanted - len(rows))
+                taken = self._take_from(connection, place, asked) if asked else []
+                rows += taken
+                if len(taken) == asked:  # else nothing is left there
+                    left.append(_Place(place.level, (taken[-1].run_at, taken[-1].id) if taken else place.after))
+            groups[:1] = [left] if left else []
+        if any(len(group) > 1 for group in self._groups):  # a level alone comes in order
+            rows.sort(key=lambda row: (statements.rank(row.priority), row.run_at, row.id))
+        return rows, groups
+
+    def _take_from(self, connection: Connection, place: _Place, limit: int) -> list[Row[Any]]:
+        return statements.claim(
+            connection,
+            place.level,
+            after=place.after,
+            newest=self._newest,
+            limit=limit,
+            now=self.now,
+            worker=self.worker,
+            leased_until=self._lease_end(),
+            started_at=self._time(),
+        )
+
+    # --- running
+
+    def _perform(self, row: Row[Any]) -> None:
+        if self._done and (
+            monotonic() - self._done_since > ACK_SECONDS
+            or self._seconds.get(row.callable_name, ACK_SECONDS) >= ACK_SECONDS
+        ):
+            self._settle_done()
+        ended = self.performer.perform(row)
+        self._unstarted.popleft()
+        self._seconds[row.callable_name] = ended.seconds
+        self._average += (ended.seconds - self._average) * (0.1 if self.report.job_ids else 1)
+        if ended.was_run:
+            self.report.job_ids.append(row.id)
+        if ended.is_written:
+            self._count(ended)
+        else:
+            self._done.append(ended)
+            self._done_since = monotonic() if len(self._done) == 1 else self._done_since
+        if isinstance(ended.outcome, Failed) and not self.ignore_errors:
+            error = ended.outcome.error
+            if isinstance(error, Exception):
+                raise error
+            raise JobAborted(row.id, error) from error
+
+    def _count(self, ended: Ended) -> None:
+        match told(ended):
+            case "completed":
+                self.report.complete += 1
+            case "failed":
+                self.report.failed += 1
+            case "cancelled":
+                self.report.cancelled += 1
+            case "lost":
+                self.report.lost += 1
+            case "retried":
+                self.report.retried += 1
+                self.context.requeued.add(ended.row.id)
+            case "snoozed":
+                self.report.snoozed += 1
+                self.context.requeued.add(ended.row.id)
+
+    # --- settling
+
+    def _settle_done(self) -> None:
+        done, self._done = self._done, []
+        try:
+            ended = self.units.write(lambda connection: self.performer.complete(connection, done))
+        except BaseException:
+            self._done = done
+            raise
+        for each in ended:
+            self._count(each)
+
+    def _hand_back(self) -> None:
+        """Write what is done and give back what was claimed and not started, however the pass ends."""
+        if self._done:
+            self._settle_done()
+        if self._unstarted:
+            self._release(self._unstarted, "the pass ended before its turn")
+            self._unstarted.clear()
+
+    def _release(self, rows: Iterable[Row[Any]], reason: str) -> None:
+        tokens = [Token(row.id, row.attempt) for row in rows]
+        self.units.write(lambda connection: lifecycle.release_all(connection, tokens))
+        for row in rows:
+            tell("released", row, attempt=row.attempt, reason=reason)
+
+    # --- time
+
+    def _time(self) -> datetime:
+        return self.context.time()
+
+    def _lease_end(self) -> datetime:
+        # Never in the past, whatever time it is said to be: others would take the jobs away at once.
+        return max(self.now + timedelta(seconds=monotonic() - self._began), utc_now()) + LEASE
+
+    @contextmanager
+    def _renewal(self) -> Iterator[None]:
+        """Keep the lease of what this pass holds, from a thread that a busy handler cannot starve."""
+        if self.units.is_alone or not self._groups:
+            yield
+            return
+        stop = threading.Event()
+
+        def renew() -> None:
+            while not stop.wait(LEASE.total_seconds() / 4):
+                try:
+                    self.units.write(lambda connection: statements.renew(connection, self.worker, self._lease_end()))
+                except Exception:
+                    events.logger.exception("the leases of %s could not be renewed", self.worker)
+
+        thread = threading.Thread(target=renew, name="future_jobs lease", daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            stop.set()
+            thread.join()
+
+
+@contextmanager
+def _interrupts(context: execution.Context) -> Iterator[None]:
+    """Tell a Ctrl-C from a KeyboardInterrupt that a handler raised, while Python's own handler is in charge."""
+    mine = threading.current_thread() is threading.main_thread()
+    if not mine or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
+        yield
+        return
+
+    def interrupt(number: int, frame: Any) -> None:
+        context.is_interrupted = True
+        signal.default_int_handler(number, frame)
+
+    signal.signal(signal.SIGINT, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, signal.default_int_handler)

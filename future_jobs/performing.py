@@ -1,0 +1,212 @@
+"""Run one claimed job and see to it that its outcome is written, whatever the handler did.
+
+What a handler wrote through its Session is committed together with its outcome. A completion without such writes is
+left to the caller, who writes many of them at once; every other outcome is written here, in a transaction apart.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from time import monotonic
+from typing import Any, NamedTuple
+
+from sqlalchemy.engine import Connection, Row
+from sqlalchemy.exc import DBAPIError
+
+from . import events, execution, lifecycle, statements
+from .dialects import is_disconnect, is_lock_error
+from .lifecycle import Cancelled, Completed, Failed, Failure, Outcome, Released, Retried, Snoozed
+from .sessions import JobSession
+from .statements import Token
+from .status import Status
+from .units import Units, pause
+
+__all__ = ["Ended", "Performer", "tell", "told"]
+
+TRIES_WHEN_LOCKED = 10
+SECONDS_WHEN_LOCKED = 15.0  # no other try begins after
+
+
+class Ended(NamedTuple):
+    """How the run of a claimed job ended, and the state it is in: None if it had gone to another meanwhile."""
+
+    row: Row[Any]
+    outcome: Outcome
+    seconds: float
+    status: Status | None = None
+    is_written: bool = True  # or it is a completion, to be written by `Performer.complete`
+    was_run: bool = True
+
+    @property
+    def token(self) -> Token:
+        """The fencing token of the attempt."""
+        return Token(self.row.id, self.row.attempt)
+
+
+class Performer:
+    """Runs claimed jobs for one worker."""
+
+    def __init__(
+        self,
+        units: Units,
+        open_session: Callable[[Row[Any]], JobSession],
+        context: execution.Context,
+        *,
+        worker: str,
+        delete_completed: bool = False,
+    ) -> None:
+        self.units = units
+        self.open_session = open_session
+        self.context = context
+        self.worker = worker
+        self.delete_completed = delete_completed
+
+    def perform(self, row: Row[Any]) -> Ended:
+        """Run a claimed job; again, uncharged, a few times if only a lock was in its way."""
+        began = monotonic()
+        if row.id in self.context.asked_to_stop and self._was_cancelled(row):
+            outcome: Outcome = Cancelled("cancelled before it started")
+            return Ended(row, outcome, 0.0, Status.CANCELLED, was_run=False)
+        ended = self._attempt(row, began)
+        tries = 1
+        while isinstance(ended.outcome, Released):
+            if tries == TRIES_WHEN_LOCKED or monotonic() - began > SECONDS_WHEN_LOCKED:
+                ended = ended._replace(outcome=ended.outcome.otherwise)
+                break
+            pause(tries)
+            tries += 1
+            ended = self._attempt(row, began)
+        if ended.is_written or isinstance(ended.outcome, Completed):
+            return ended
+        return ended._replace(status=self._write(row, ended.outcome), is_written=True)
+
+    def complete(self, connection: Connection, done: Sequence[Ended]) -> list[Ended]:
+        """Write completions together; return them with the states that their jobs are in. Nothing is committed."""
+        if not done:
+            return []
+        results = [(each.token, each.outcome.result) for each in done if isinstance(each.outcome, Completed)]
+        lost = lifecycle.complete_all(connection, results, now=self.context.time(), delete=self.delete_completed)
+        return [
+            each._replace(status=None if lost and each.token in lost else Status.COMPLETE, is_written=True)
+            for each in done
+        ]
+
+    # --- one attempt
+
+    def _attempt(self, row: Row[Any], began: float) -> Ended:
+        work = self.open_session(row)
+        try:
+            outcome = execution.run(row, work, self.context)
+            if not (outcome.keeps_writes and work.was_used):
+                return Ended(row, outcome, monotonic() - began, is_written=False)
+            try:
+                return Ended(row, outcome, monotonic() - began, self._finish(row, work, outcome))
+            except Exception as error:
+                work.close()
+                if is_disconnect(error) and (status := self._settled(row)):
+                    return Ended(row, outcome, monotonic() - began, status)
+                outcome = execution.failed(row, error, self.context)
+                return Ended(row, outcome, monotonic() - began, is_written=False)
+        finally:
+            work.close()
+
+    def _finish(self, row: Row[Any], work: JobSession, outcome: Outcome) -> Status | None:
+        """Commit what the handler wrote together with its outcome; None if the job had gone to another meanwhile."""
+        token = Token(row.id, row.attempt)
+        status: Status | None = None
+
+        def settle(connection: Connection) -> bool:
+            nonlocal status
+            now = self.context.time()
+            status = lifecycle.settle(
+                connection, token, outcome, now=now, worker=self.worker, delete=self.delete_completed
+            )
+            if status is None and self._is_still_ours(token):
+                status = lifecycle.overrule(connection, token, outcome, now=now)
+            return status is not None
+
+        return status if work.finish(settle) else None
+
+    def _is_still_ours(self, token: Token) -> bool:
+        """Whether the attempt holds the job as others see it, so that it was the handler that changed its row."""
+        if self.units.is_alone:
+            return True
+        return bool(self.units.read(lambda connection: statements.holds(connection, [token])))
+
+    def _settled(self, row: Row[Any]) -> Status | None:
+        """Return the state that a commit of unknown outcome has left, None if it did not happen."""
+        found = self.units.read(lambda connection: statements.state(connection, row.id))
+        if found is None or found[0] != row.attempt or found[1] is Status.RUNNING:
+            return None
+        return Status(found[1])
+
+    def _was_cancelled(self, row: Row[Any]) -> bool:
+        """End a claimed job that another handler of this process cancelled, before it starts."""
+        token, now = Token(row.id, row.attempt), self.context.time()
+        return self.units.write(lambda connection: lifecycle.deliver_cancel(connection, token, now=now))
+
+    def _write(self, row: Row[Any], outcome: Outcome) -> Status | None:
+        """Write an outcome by itself; with fewer words, if the database refuses those of the failure."""
+        token = Token(row.id, row.attempt)
+        for words in _fewer_words(outcome):
+
+            def settle(connection: Connection, words: Outcome = words) -> Status | None:
+                return lifecycle.settle(connection, token, words, now=self.context.time(), worker=self.worker)
+
+            try:
+                return self.units.write(settle)
+            except DBAPIError as error:
+                if is_lock_error(error) or is_disconnect(error):
+                    raise
+                events.emit("not_recorded", job_id=row.id, attempt=row.attempt, error=type(error).__name__)
+        return None
+
+
+def _fewer_words(outcome: Outcome) -> Iterator[Outcome]:
+    yield outcome
+    failure = getattr(outcome, "failure", None)
+    if failure is not None and not isinstance(outcome, Completed | Snoozed | Released):
+        plain = failure.error_type.encode("ascii", "replace").decode()
+        yield replace(outcome, failure=Failure(plain, plain, f"{plain} (the traceback could not be stored)"))
+        yield replace(outcome, failure=Failure("Error", "Error", "the traceback could not be stored"))
+
+
+# --- telling ------------------------------------------------------------------------------------------------------
+
+
+def tell(event: str, row: Row[Any], **data: Any) -> None:
+    """Emit ``event`` about the job of ``row``."""
+    events.emit(event, job_id=row.id, callable_name=row.callable_name, queue=row.queue, **data)
+
+
+def told(ended: Ended) -> str:
+    """Say what became of a job, and return the event's name."""
+    row, outcome = ended.row, ended.outcome
+    if isinstance(outcome, Completed) and ended.status and outcome.problem is None and not events.wanted("completed"):
+        return "completed"  # nobody asks: what a busy loop says most
+    data: dict[str, Any] = {"attempt": row.attempt, "seconds": ended.seconds}
+    match outcome, ended.status:
+        case _, None:
+            event = "lost"
+        case Completed(), _:
+            event = "completed"
+            if outcome.problem is not None:
+                tell("result_not_kept", row, **data, reason=outcome.problem)
+        case _, Status.CANCELLED:
+            event = "cancelled"
+            data["reason"] = outcome.reason if isinstance(outcome, Cancelled) else "asked to stop"
+        case Failed(failure=failure), _:
+            event = "failed"
+            data |= {"error_type": failure.error_type, "error": failure.message}
+        case Retried(failure=failure, run_at=run_at), _:
+            event = "retried"
+            data |= {"error_type": failure.error_type, "error": failure.message, "run_at": run_at}
+        case Snoozed(run_at=run_at), _:
+            event = "snoozed"
+            data["run_at"] = run_at
+        case _:
+            raise AssertionError(f"{outcome!r} cannot end as {ended.status}")
+    if events.wanted(event):
+        tell(event, row, **data)
+    return event

@@ -1,0 +1,476 @@
+"""`Scheduler`: when, what. All that it writes goes through the Session it was given, and is committed by its owner."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from datetime import datetime, tzinfo
+from functools import partial
+from typing import Any, Unpack
+
+from sqlalchemy import Select, select
+from sqlalchemy.engine import Connection, Engine, Row
+from sqlalchemy.exc import InvalidRequestError, UnboundExecutionError
+from sqlalchemy.orm import Session, scoped_session
+
+from . import events, execution, lifecycle, payloads, statements, wakeups
+from .callables import Allow, Call, describe, permit, permit_classes, plain_arguments
+from .dialects import Encoded, begin_before_savepoint, cannot_roll_back, is_autocommit
+from .errors import InvalidArgument, InvalidOption, UsageError, shown
+from .models import SCHEDULER, RecurringJob, ScheduledJob
+from .options import JobOptions, checked, checked_word, run_options
+from .passes import Pass, RunReport
+from .schedules import Schedules
+from .sessions import AnySession, InRegistry, JobSession, checked_session, session_maker
+from .status import FINISHED, Status
+from .times import Clock, When, as_utc, resolve, resolve_age, resolve_expiry, utc_now, zone
+from .units import Units, schema_errors
+
+__all__ = ["Scheduler"]
+
+_ARGUMENTS = frozenset({"args", "kwargs"})
+_NO_ARGS, _NO_KWARGS = Encoded("[]"), Encoded("{}")
+_COPIED = (
+    *("callable_name", "args", "kwargs", "content_type", "content_key"),
+    *("queue", "priority", "max_attempts", "tags", "options"),
+)
+
+
+class Scheduler(Schedules):
+    """Schedules calls through one Session, and runs those that are due.
+
+    ``timezone`` (a tzinfo or an IANA name; None: the system's) is what naive datetimes and calendar durations are
+    counted in. ``clock`` returns the current time as an aware datetime; the default is the system's. ``allow``
+    restricts which callables may be named: a list of modules, or ``"registered"``. ``expires`` is how long after its
+    time a job is still worth running, if a call does not say.
+    """
+
+    def __init__(
+        self,
+        session: AnySession,
+        *,
+        timezone: tzinfo | str | None = None,
+        clock: Clock | None = None,
+        allow: Allow = None,
+        expires: When | None = "7d",
+    ) -> None:
+        self.session = checked_session(session)
+        self.timezone = zone(timezone)
+        self.clock = clock
+        self.allow = allow
+        self.expires = expires
+        self.check = permit(allow)
+        self.check_class = permit_classes(allow)
+        self._prepared: Engine | None = None
+        resolve_expiry(expires, run_at=utc_now(), timezone=self.timezone)
+        with suppress(Exception):  # a scoped_session may have no bind before its application is set up
+            self._prepare()
+
+    @classmethod
+    def of(cls, session: Session) -> Scheduler:
+        """Return the Scheduler that ``session`` belongs to, or a new one with the defaults."""
+        found = session.info.get(SCHEDULER)
+        if isinstance(found, Scheduler):
+            if found._is_bound_to(session):  # noqa: SLF001 (one Scheduler asks another)
+                return found
+            return cls(session, timezone=found.timezone, clock=found.clock, allow=found.allow, expires=found.expires)
+        return cls(session)
+
+    # --- scheduling
+
+    def schedule(
+        self,
+        when: When,
+        callable: Callable[..., Any] | str,  # noqa: A002 (the field's own word)
+        *,
+        args: Sequence[Any] = (),
+        kwargs: Mapping[str, Any] | None = None,
+        **options: Unpack[JobOptions],
+    ) -> ScheduledJob:
+        """Schedule ``callable(*args, **kwargs)`` for ``when``; return the job, which has its id.
+
+        After commit there is one more ``scheduled`` row; after a rollback there never was. The Session is flushed and
+        not committed. Raises a `UsageError` before anything is written if any part of it could not work.
+        """
+        self._prepare()
+        call, shared = self._draft(when, callable, options, now=self._now())
+        return self._add(self._row(call, shared, args, kwargs))
+
+    def enqueue(
+        self,
+        callable: Callable[..., Any] | str,  # noqa: A002
+        *,
+        args: Sequence[Any] = (),
+        kwargs: Mapping[str, Any] | None = None,
+        **options: Unpack[JobOptions],
+    ) -> ScheduledJob:
+        """Schedule ``callable`` for now."""
+        return self.schedule("0s", callable, args=args, kwargs=kwargs, **options)
+
+    def schedule_many(
+        self,
+        when: When,
+        callable: Callable[..., Any] | str,  # noqa: A002
+        calls: Iterable[Mapping[str, Any]],
+        **options: Unpack[JobOptions],
+    ) -> list[int]:
+        """Schedule one job for each of ``calls``, in few round trips; return the ids in the same order.
+
+        Each call is a mapping with ``args``, ``kwargs`` and whatever options differ from ``options``. Nothing is
+        written unless all of them can be.
+        """
+        self._prepare()
+        now, rows, plain = self._now(), [], None
+        for position, each in enumerate(calls):
+            if not isinstance(each, Mapping):
+                raise InvalidArgument(
+                    f"calls[{position}] is {shown(each)}; pass mappings such as {{'args': [1]}}",
+                    argument="calls",
+                    value=each,
+                )
+            try:
+                if each.keys() <= _ARGUMENTS:  # the rest is common to all such calls
+                    plain = draft = plain or self._draft(when, callable, options, now=now)
+                else:
+                    own = {name: value for name, value in each.items() if name not in _ARGUMENTS}
+                    draft = self._draft(when, callable, {**options, **own}, now=now)
+                rows.append(self._row(*draft, each.get("args", ()), each.get("kwargs")))
+            except UsageError as error:
+                error.add_note(f"in calls[{position}]")
+                raise
+        if not rows:
+            return []
+        self.session.flush()
+        with self._connection() as connection:
+            ids = statements.add_many(connection, rows)
+            wakeups.announce(self._own(), connection.engine, min(row["run_at"] for row in rows))
+        if events.wanted("scheduled"):
+            for job_id, row in zip(ids, rows, strict=True):
+                _tell_scheduled(job_id, row)
+        return ids
+
+    def reschedule(
+        self,
+        job: ScheduledJob,
+        when: When,
+        *,
+        args: Sequence[Any] | None = None,
+        kwargs: Mapping[str, Any] | None = None,
+        **options: Unpack[JobOptions],
+    ) -> ScheduledJob:
+        """Schedule a copy of ``job``, ``when`` counted from the time that ``job`` was scheduled for.
+
+        What is not given is copied; an expiry keeps its distance from the time of the job.
+        """
+        self._prepare()
+        if not isinstance(job, ScheduledJob):
+            raise InvalidArgument(f"job is {shown(job)}; pass a ScheduledJob", argument="job", value=job)
+        given = checked(options, {})
+        run_at = resolve(when, now=job.nominal_at, timezone=self.timezone)
+        row = {name: getattr(job, name) for name in _COPIED}
+        row |= {name: given[name] for name in ("queue", "priority", "max_attempts", "tags") if name in given}
+        own_args, own_kwargs = plain_arguments(args or (), kwargs)
+        if args is not None:
+            row["args"] = Encoded(payloads.encode(list(own_args), where="args", session=self._own()))
+        if kwargs is not None:
+            row["kwargs"] = Encoded(payloads.encode(own_kwargs, where="kwargs", session=self._own()))
+        if given.get("content_object") is not None:
+            row["content_type"], row["content_key"] = payloads.reference_of(
+                given["content_object"], session=self._own()
+            )
+        row["options"] = {**(job.options or {}), **(run_options(given) or {})} or None
+        if "expires" in given:
+            expires_at = resolve_expiry(given["expires"], run_at=run_at, timezone=self.timezone)
+        else:
+            expires_at = self._same_grace(job, run_at)
+        row |= {"run_at": run_at, "nominal_at": run_at, "expires_at": expires_at, "created_at": self._now()}
+        return self._add(row)
+
+    # --- changing one's mind
+
+    def cancel(self, job: ScheduledJob | int) -> bool:
+        """Cancel a waiting job, or ask a running one to stop; True if this call did.
+
+        False if it is finished, was asked already, or does not exist.
+        """
+        self._prepare()
+        job_id = _id_of(job)
+        self.session.flush()
+        with self._connection() as connection:
+            won = lifecycle.cancel(connection, job_id, now=self._now())
+        if won:
+            self._refresh(job_id)
+            if running := execution.running.get():
+                running.context.asked_to_stop.add(job_id)
+            events.emit("cancelled", job_id=job_id, reason="cancel() was called")
+        return won
+
+    def retry(self, job: ScheduledJob | int, *, when: When = "0s", expires: When | None = "same") -> bool:
+        """Let a failed, expired or cancelled job run again at ``when``, with all its attempts; True if this call did.
+
+        Its expiry keeps its distance from the time of the job, unless ``expires`` is given. False if the job is
+        waiting, running, complete, or does not exist.
+        """
+        self._prepare()
+        job_id = _id_of(job)
+        self.session.flush()
+        with self._connection() as connection:
+            found = statements.times_of(connection, job_id)
+        if found is None:
+            return False
+        run_at = resolve(when, now=self._now(), timezone=self.timezone)
+        if expires == "same":
+            expires_at = self._same_grace(found, run_at)
+        else:
+            expires_at = resolve_expiry(expires, run_at=run_at, timezone=self.timezone)
+        with self._connection() as connection:
+            won = lifecycle.revive(connection, job_id, run_at=run_at, expires_at=expires_at)
+            wakeups.announce(self._own(), connection.engine, run_at)
+        if won:
+            self._refresh(job_id)
+            if running := execution.running.get():
+                running.context.requeued.add(job_id)
+        return won
+
+    def prune(
+        self, older_than: When = "30d", *, statuses: Iterable[Status | str] = ("complete",), limit: int | None = None
+    ) -> int:
+        """Delete finished jobs, and their failures, that ended more than ``older_than`` ago; return how many.
+
+        Only complete ones unless ``statuses`` says otherwise; at most ``limit`` of them, oldest id first.
+        """
+        self._prepare()
+        wanted = _finished(statuses)
+        before = resolve_age(older_than, now=self._now(), timezone=self.timezone, argument="older_than")
+        self.session.flush()
+        with self._connection() as connection:
+            return statements.prune(connection, before=before, statuses=wanted, limit=limit)
+
+    # --- looking
+
+    def jobs_for(self, obj: object) -> Select[ScheduledJob]:
+        """Return a Select of the jobs bound to the mapped object ``obj``, to be narrowed and executed by the caller."""
+        content_type, content_key = payloads.reference_of(obj, where="obj", session=self._own())
+        return select(ScheduledJob).where(
+            ScheduledJob.content_type == content_type, ScheduledJob.content_key == content_key
+        )
+
+    # --- running
+
+    def run_due(
+        self,
+        now: datetime | None = None,
+        *,
+        ignore_errors: bool = False,
+        delete_completed: bool = False,
+        queues: Iterable[str] | None = None,
+        limit: int | None = None,
+    ) -> RunReport:
+        """Run everything that is due, once; return what happened.
+
+        The Session's pending work is committed first. Then what has expired is marked, and what is due runs by
+        priority, then time, each job in a transaction of its own. ``now`` makes it any other time, for the handlers
+        too. The first error that a handler raises is raised here, after it is recorded, and what was claimed and not
+        started is handed back; ``ignore_errors`` goes on instead. ``delete_completed`` deletes jobs that complete.
+        ``queues`` restricts which queues are served, ``limit`` how many jobs are run. What handlers schedule meanwhile
+        waits for the next pass.
+        """
+        bind = self._prepare()
+        if limit is not None and (isinstance(limit, bool) or not isinstance(limit, int) or limit < 0):
+            raise InvalidOption(
+                f"limit is {shown(limit)}; pass a whole number, 0 or more", argument="limit", value=limit
+            )
+        if isinstance(queues, str) or not isinstance(queues, Iterable | None):
+            raise InvalidArgument(f"queues is {shown(queues)}; pass a list of names", argument="queues", value=queues)
+        served = None if queues is None else frozenset(checked_word("queues[...]", each) for each in queues)
+        given = None if now is None else as_utc(now, timezone=self.timezone)
+        given = given or execution.given_now()
+        with self._connection():
+            self.session.commit()
+        if isinstance(bind, Connection) and not bind.in_transaction():
+            bind = bind.engine  # nothing around it that others must not see, so that they can be seen
+        units = Units(bind)
+        start = given or (self._now() if self.clock else units.read(statements.clock) or utc_now())
+        now_for_handlers = None if self.clock is None else self._clock_now
+        if given is not None:
+            now_for_handlers = partial(_same, given)
+        make = session_maker(self.session)
+        context = execution.Context(
+            check=self.check,
+            check_class=self.check_class,
+            time=execution.ticking(start) if given is None else partial(_same, given),
+            timezone=self.timezone,
+            now=now_for_handlers,
+            around=InRegistry(self.session) if isinstance(self.session, scoped_session) else execution.plainly,
+        )
+        try:
+            return Pass(
+                units,
+                partial(self._open, make, bind),
+                context,
+                now=start,
+                delete_completed=delete_completed,
+                ignore_errors=ignore_errors,
+                queues=served,
+                limit=limit,
+            ).run()
+        finally:
+            self._forget()
+
+    def _open(self, make: Callable[[], Session], bind: Engine | Connection, row: Row[Any]) -> JobSession:
+        joined = row.options is None or '"transaction":"own"' not in row.options
+        hold = partial(statements.hold, token=statements.Token(row.id, row.attempt))
+        return JobSession(make, bind, hold=hold, joined=joined, info={SCHEDULER: self})
+
+    # --- helpers
+
+    def _draft(
+        self, when: When, given: Callable[..., Any] | str, options: Mapping[str, Any], *, now: datetime
+    ) -> tuple[Call, dict[str, Any]]:
+        """Return what is to be called, and the row to insert without its arguments, everything in it checked."""
+        run_at = resolve(when, now=now, timezone=self.timezone)
+        call = describe(given, content_object=options.get("content_object"), check=self.check)
+        chosen = checked(options, call.spec.options)
+        expires_at = resolve_expiry(chosen.get("expires", self.expires), run_at=run_at, timezone=self.timezone)
+        content_type = content_key = None
+        if call.content_object is not None:
+            content_type, content_key = payloads.reference_of(call.content_object, session=self._own())
+        return call, {
+            "callable_name": call.name,
+            "args": _NO_ARGS,
+            "kwargs": _NO_KWARGS,
+            "content_type": content_type,
+            "content_key": content_key,
+            "options": run_options(chosen),
+            "tags": chosen.get("tags") or None,
+            "queue": chosen.get("queue", "default"),
+            "priority": chosen.get("priority", 0),
+            "max_attempts": chosen.get("max_attempts", 1),
+            "run_at": run_at,
+            "nominal_at": run_at,
+            "expires_at": expires_at,
+            "created_at": now,
+        }
+
+    def _row(
+        self, call: Call, draft: dict[str, Any], args: Sequence[Any], kwargs: Mapping[str, Any] | None
+    ) -> dict[str, Any]:
+        """Return ``draft`` with its arguments, checked."""
+        args, kwargs = call.arguments(args, kwargs)
+        row = draft.copy()
+        if args:
+            row["args"] = Encoded(payloads.encode(args, where="args", session=self._own()))
+        if kwargs:
+            row["kwargs"] = Encoded(payloads.encode(kwargs, where="kwargs", session=self._own()))
+        return row
+
+    def _add(self, row: dict[str, Any]) -> ScheduledJob:
+        self.session.flush()
+        with self._connection() as connection:
+            job = statements.add(self._own(), connection, row)
+            wakeups.announce(self._own(), connection.engine, row["run_at"])
+        if events.wanted("scheduled"):
+            _tell_scheduled(job.id, row)
+        return job
+
+    def _now(self) -> datetime:
+        return execution.given_now() or self._clock_now()
+
+    def _same_grace(self, job: Any, run_at: datetime) -> datetime | None:
+        """Return the expiry that has the same distance from ``run_at`` as that of ``job`` from its time."""
+        if job.expires_at is None:
+            return None
+        if not isinstance(job.expires_at, datetime) or not isinstance(job.nominal_at, datetime):  # edited by hand
+            return resolve_expiry(self.expires, run_at=run_at, timezone=self.timezone)
+        return run_at + (job.expires_at - job.nominal_at)
+
+    def _clock_now(self) -> datetime:
+        return utc_now() if self.clock is None else as_utc(self.clock(), timezone=self.timezone, argument="clock()")
+
+    def _prepare(self) -> Engine | Connection:
+        """Check that the Session can keep the promises, and make its SAVEPOINTs nest; return its bind."""
+        try:
+            bind = self.session.get_bind(ScheduledJob)
+        except UnboundExecutionError as error:
+            raise InvalidOption(f"the Session is bound to no database: {error}", argument="session") from error
+        engine = bind if isinstance(bind, Engine) else bind.engine
+        if engine is self._prepared:
+            return bind
+        if is_autocommit(bind):
+            raise _autocommit(self.session)
+        begin_before_savepoint(engine)
+        self.session.info.setdefault(SCHEDULER, self)
+        self._prepared = None if isinstance(self.session, scoped_session) else engine
+        return bind
+
+    def _is_bound_to(self, session: Session) -> bool:
+        return self.session is session or (isinstance(self.session, scoped_session) and self._own() is session)
+
+    def _own(self) -> Session:
+        return self.session() if isinstance(self.session, scoped_session) else self.session
+
+    @contextmanager
+    def _connection(self) -> Iterator[Connection]:
+        """Yield the Session's connection for statements of the library."""
+        try:
+            connection = self.session.connection(bind_arguments={"mapper": ScheduledJob})
+        except InvalidRequestError as error:
+            if "closed" not in str(error):
+                raise
+            raise InvalidOption(
+                f"the Session is closed for good ({error}); bind the Scheduler to an open one", argument="session"
+            ) from error
+        if cannot_roll_back(connection):
+            raise _autocommit(self.session)
+        with schema_errors():
+            yield connection
+
+    def _refresh(self, job_id: int) -> None:
+        session = self._own()
+        held = session.identity_map.get(session.identity_key(ScheduledJob, job_id))
+        if held is not None:
+            session.expire(held)
+
+    def _forget(self) -> None:
+        """Make the Session read again what the pass has changed behind its back."""
+        session = self._own()
+        for held in list(session.identity_map.values()):
+            if isinstance(held, ScheduledJob | RecurringJob):
+                session.expire(held)
+
+
+def _same(value: datetime) -> datetime:
+    return value
+
+
+def _autocommit(session: AnySession) -> InvalidOption:
+    return InvalidOption(
+        "the Session's database connection is in AUTOCOMMIT mode, where nothing can be rolled back; bind the Session "
+        "to an engine without it",
+        argument="session",
+        value=session,
+    )
+
+
+def _id_of(job: ScheduledJob | int) -> int:
+    if isinstance(job, ScheduledJob):
+        return job.id
+    if isinstance(job, int) and not isinstance(job, bool):
+        return job if 0 < job < 1 << 63 else 0  # which no job has, and every database can look for
+    raise InvalidArgument(f"job is {shown(job)}; pass a ScheduledJob or its id", argument="job", value=job)
+
+
+def _finished(statuses: Iterable[Status | str]) -> list[Status]:
+    wanted = []
+    for each in [statuses] if isinstance(statuses, str) else statuses:
+        if each not in FINISHED:
+            raise InvalidOption(
+                f"statuses has {shown(each)}; use {', '.join(sorted(FINISHED))}", argument="statuses", value=each
+            )
+        wanted.append(Status(each))
+    return wanted
+
+
+def _tell_scheduled(job_id: int, row: Mapping[str, Any]) -> None:
+    names = ("callable_name", "queue", "run_at")
+    events.emit("scheduled", job_id=job_id, **{name: row[name] for name in names})

@@ -1,0 +1,622 @@
+"""Every SQL statement that the library runs on its hot paths, one function each, with the index it uses.
+
+Statements are built once and cached by SQLAlchemy; a status is spelled into the text, not bound, because a partial
+index is only considered where the planner can see that the condition implies it.
+
+Jobs are claimed level by level. A *level* is one ``(queue, priority)``: within it the index gives due jobs in order
+without a sort, and without stepping over jobs of another priority that are not due yet. One ``ORDER BY priority,
+run_at`` over the whole table would walk over every future job of a better priority.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from datetime import datetime
+from functools import cache, lru_cache
+from operator import attrgetter, itemgetter
+from typing import Any, NamedTuple, cast
+
+from sqlalchemy import (
+    ColumnElement,
+    CursorResult,
+    Select,
+    Text,
+    bindparam,
+    delete,
+    func,
+    insert,
+    literal_column,
+    or_,
+    select,
+    type_coerce,
+    update,
+)
+from sqlalchemy.engine import Connection, Row
+from sqlalchemy.orm import Session
+from sqlalchemy.orm.attributes import instance_dict, instance_state
+from sqlalchemy.schema import Table
+from sqlalchemy.sql.dml import Insert, Update
+
+from .dialects import Backend, Encoded, UTCDateTime, backend_of
+from .models import JobFailure, ScheduledJob
+from .status import Status
+
+__all__ = ["Level", "Token"]
+
+JOBS = cast("Table", ScheduledJob.__table__)
+FAILURES = cast("Table", JobFailure.__table__)
+J = JOBS.c
+
+
+class Token(NamedTuple):
+    """What proves that an attempt still holds its job: the fence of every write after the claim."""
+
+    id: int
+    attempt: int
+
+
+class Level(NamedTuple):
+    """One queue and priority with jobs waiting in it, and when the first of them is due."""
+
+    queue: str
+    priority: int
+    first_at: datetime
+
+
+def _is(status: Status) -> ColumnElement[bool]:
+    return J.status == literal_column(f"'{status}'")
+
+
+def _to(status: Status) -> ColumnElement[Any]:
+    return literal_column(f"'{status}'")
+
+
+WAITING = _is(Status.SCHEDULED)
+RUNNING = _is(Status.RUNNING)
+ASKED_TO_STOP = J.cancel_requested_at.is_not(None)
+NOT_ASKED_TO_STOP = J.cancel_requested_at.is_(None)
+ONE_MORE_FAILURE = J.failures + 1
+# A null expiry is "never". A job whose expiry equals now still runs.
+NOT_EXPIRED = or_(J.expires_at.is_(None), J.expires_at >= bindparam("now", type_=UTCDateTime))
+
+_AS_TEXT = {"args", "kwargs", "options", "tags"}  # decoded once, by the room that needs them
+CLAIMED = tuple(
+    type_coerce(column, Text).label(column.name) if column.name in _AS_TEXT else column
+    for column in JOBS.c
+    if column.name
+    in {
+        *_AS_TEXT,
+        *("id", "attempt", "callable_name", "content_type", "content_key", "queue", "priority", "run_at", "nominal_at"),
+        *("expires_at", "max_attempts", "failures", "losses", "snoozes", "created_at", "recurring_id"),
+    }
+)
+
+
+# --- adding -------------------------------------------------------------------------------------------------------
+
+_INSERT = insert(JOBS)
+_NEW: dict[str, Any] = {"status": Status.SCHEDULED, "attempt": 0, "failures": 0, "losses": 0, "snoozes": 0}
+
+
+def add(session: Session, connection: Connection, row: Mapping[str, Any]) -> ScheduledJob:
+    """Insert one job and return it as a persistent object of ``session``, as a flush would have made it.
+
+    An INSERT of its own takes a third of the time of a unit of work over so many columns; what a flush does to its
+    objects after the INSERT is then done for this one, so that a rollback treats it like any other.
+    """
+    given = {name: value for name, value in row.items() if value is not None}
+    key = connection.execute(_INSERT, {**given, **_NEW}).inserted_primary_key
+    assert key is not None
+    job = ScheduledJob()
+    held = instance_dict(job)
+    held.update(row, id=key[0], **_NEW)
+    for name in ("args", "kwargs"):
+        if isinstance(held[name], Encoded):
+            held[name] = json.loads(held[name])
+    session.add(job)
+    session._register_persistent({instance_state(job)})  # noqa: SLF001 (there is no public way)
+    return job
+
+
+def add_many(connection: Connection, rows: Sequence[Mapping[str, Any]]) -> list[int]:
+    """Insert jobs in few round trips; return their ids in the order of ``rows``, which have the same keys."""
+    if backend_of(connection).json_rows:
+        return _add_from_json(connection, rows)
+    ids: list[int] = []
+    for start in range(0, len(rows), CHUNK):
+        chunk = [{**row, **_NEW} for row in rows[start : start + CHUNK]]
+        statement = insert(JOBS).returning(J.id, sort_by_parameter_order=True)
+        ids += connection.scalars(statement, chunk)
+    return ids
+
+
+CHUNK = 5_000
+
+
+def _add_from_json(connection: Connection, rows: Sequence[Mapping[str, Any]]) -> list[int]:
+    # What all rows share is bound once; what differs travels as one JSON text, which SQLite unfolds by itself.
+    varying = _varying(rows) or ["args"]
+    shared = {name: value for name, value in {**rows[0], **_NEW}.items() if name not in varying}
+    statement = _insert_from_json(tuple(shared), tuple(varying))
+    writers = [_writer(connection, name) for name in varying]
+    ids: list[int] = []
+    for start in range(0, len(rows), CHUNK):
+        chunk = rows[start : start + CHUNK]
+        if len(varying) == 1:
+            data = json.dumps([writers[0](row[varying[0]]) for row in chunk])
+        else:
+            data = json.dumps(
+                [[write(row[name]) for name, write in zip(varying, writers, strict=True)] for row in chunk]
+            )
+        connection.execute(statement, {**{f"shared_{name}": value for name, value in shared.items()}, "data": data})
+        # One INSERT ... SELECT holds the write lock and numbers its rows one after the other.
+        last = connection.scalar(select(func.last_insert_rowid()))
+        assert last is not None
+        ids += range(last - len(chunk) + 1, last + 1)
+    return ids
+
+
+def _varying(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Return the names whose values are not the same in all ``rows``."""
+    same = list(rows[0])
+    while same:
+        values = itemgetter(*same)
+        first = values(rows[0])
+        other = next((row for row in rows if values(row) != first), None)
+        if other is None:
+            break
+        same = [name for name in same if other[name] == rows[0][name]]
+    return [name for name in rows[0] if name not in same]
+
+
+@cache
+def _insert_from_json(shared: tuple[str, ...], varying: tuple[str, ...]) -> Insert:
+    each = func.json_each(bindparam("data", type_=Text)).table_valued("key", "value", name="each")
+    columns: list[ColumnElement[Any]] = [bindparam(f"shared_{name}", type_=J[name].type) for name in shared]
+    if len(varying) == 1:
+        columns.append(each.c.value)
+    else:
+        columns += [func.json_extract(each.c.value, literal_column(f"'$[{at}]'")) for at in range(len(varying))]
+    return insert(JOBS).from_select([*shared, *varying], select(*columns).order_by(each.c.key), include_defaults=False)
+
+
+def _writer(connection: Connection, name: str) -> Callable[[Any], Any]:
+    kind = J[name].type.dialect_impl(connection.dialect)
+    return kind.bind_processor(connection.dialect) or (lambda value: value)
+
+
+def prune(connection: Connection, *, before: datetime, statuses: Sequence[Status], limit: int | None) -> int:
+    """Delete finished jobs that ended before ``before``, lowest id first; return how many. Primary key, in steps."""
+    found = (
+        select(J.id)
+        .where(
+            J.status.in_(statuses),
+            J.finished_at < bindparam("before", type_=UTCDateTime),
+            J.id > bindparam("after"),
+        )
+        .order_by(J.id)
+        .limit(bindparam("limit"))
+    )
+    count = after = 0
+    while limit is None or count < limit:
+        step = CHUNK if limit is None else min(CHUNK, limit - count)
+        ids = list(connection.scalars(found, {"before": before, "after": after, "limit": step}))
+        if not ids:
+            break
+        forget_failures(connection, ids)
+        connection.execute(
+            delete(JOBS).where(J.id.in_(bindparam("_ids", expanding=True)), J.status.in_(statuses)), {"_ids": ids}
+        )
+        count, after = count + len(ids), ids[-1]
+    return count
+
+
+# --- looking ------------------------------------------------------------------------------------------------------
+
+
+def levels(connection: Connection) -> list[Level]:
+    """Return the levels with jobs waiting, best priority first.
+
+    A loose index scan over (queue, priority): one index look-up a level, however many rows there are.
+    """
+    if backend_of(connection).recursive_scan:
+        found = [Level(*row) for row in connection.execute(_levels_at_once())]
+    else:
+        found = list(_levels_by_steps(connection))
+    return sorted(found, key=lambda level: (rank(level.priority), level.first_at))
+
+
+def rank(priority: object) -> int:
+    """Return where a priority stands in order: the higher, the earlier. SQLite lets one write anything by hand."""
+    return -priority if isinstance(priority, int) else 0
+
+
+@cache
+def _levels_at_once() -> Select[Any]:
+    # ix_future_jobs_due
+    queues = select(select(func.min(J.queue)).where(WAITING).scalar_subquery().label("queue")).cte(
+        "queues", recursive=True
+    )
+    queues = queues.union_all(
+        select(
+            select(func.min(J.queue)).where(WAITING, J.queue > queues.c.queue).correlate(queues).scalar_subquery()
+        ).where(queues.c.queue.is_not(None))
+    )
+    best = select(func.max(J.priority)).where(WAITING, J.queue == queues.c.queue).correlate(queues).scalar_subquery()
+    steps = (
+        select(queues.c.queue, best.label("priority")).where(queues.c.queue.is_not(None)).cte("levels", recursive=True)
+    )
+    worse = (
+        select(func.max(J.priority))
+        .where(WAITING, J.queue == steps.c.queue, J.priority < steps.c.priority)
+        .correlate(steps)
+        .scalar_subquery()
+    )
+    steps = steps.union_all(select(steps.c.queue, worse).where(steps.c.priority.is_not(None)))
+    first = (
+        select(func.min(J.run_at))
+        .where(WAITING, J.queue == steps.c.queue, J.priority == steps.c.priority)
+        .correlate(steps)
+        .scalar_subquery()
+    )
+    return select(steps.c.queue, steps.c.priority, first).where(steps.c.priority.is_not(None))
+
+
+def _levels_by_steps(connection: Connection) -> Iterator[Level]:
+    # ix_future_jobs_status. MariaDB reads the whole index for the recursive form, and one entry for each of these.
+    queue = ""
+    while (queue := connection.scalar(_NEXT_QUEUE, {"in_queue": queue})) is not None:
+        priority = 1 << 14
+        while (priority := connection.scalar(_NEXT_PRIORITY, {"in_queue": queue, "at_priority": priority})) is not None:
+            first = connection.scalar(_FIRST_DUE, {"in_queue": queue, "at_priority": priority})
+            if first is not None:
+                yield Level(queue, priority, first)
+
+
+_NEXT_QUEUE = select(func.min(J.queue)).where(WAITING, J.queue > bindparam("in_queue"))
+_NEXT_PRIORITY = select(func.max(J.priority)).where(
+    WAITING, J.queue == bindparam("in_queue"), J.priority < bindparam("at_priority")
+)
+_FIRST_DUE = select(func.min(J.run_at)).where(
+    WAITING, J.queue == bindparam("in_queue"), J.priority == bindparam("at_priority")
+)
+
+
+def next_due(connection: Connection, *, after: datetime | None = None) -> datetime | None:
+    """Return when the first waiting job is due, of those later than ``after``. Reads all that wait: for tests."""
+    found: datetime | None = connection.scalar(_NEXT_DUE if after is None else _NEXT_DUE.where(J.run_at > after))
+    return found
+
+
+_NEXT_DUE = select(func.min(J.run_at)).where(WAITING)
+
+
+def newest(connection: Connection) -> int:
+    """Return the highest id given so far, 0 if none. Primary key."""
+    return connection.scalar(select(func.max(J.id))) or 0
+
+
+def clock(connection: Connection) -> datetime | None:
+    """Return the database's own time in UTC, to the microsecond; None where it has no clock of its own."""
+    backend = backend_of(connection)
+    if not backend.own_clock:
+        return None
+    now = func.clock_timestamp() if backend.returning else func.utc_timestamp(6)
+    return connection.scalar(select(type_coerce(now, UTCDateTime)))
+
+
+def times_of(connection: Connection, job_id: int) -> Any:
+    """Return ``nominal_at`` and ``expires_at`` of a job; None if it does not exist. Primary key."""
+    return connection.execute(
+        select(J.nominal_at, J.expires_at).where(J.id == bindparam("_id")), {"_id": job_id}
+    ).first()
+
+
+# --- claiming -----------------------------------------------------------------------------------------------------
+
+
+def claim(
+    connection: Connection,
+    level: Level,
+    *,
+    after: tuple[datetime, int],
+    newest: int,
+    limit: int,
+    now: datetime,
+    worker: str,
+    leased_until: datetime,
+    started_at: datetime | None = None,
+    lost_too: bool = True,
+) -> list[Row[Any]]:
+    """Take up to ``limit`` due jobs of ``level`` that come after ``after``, in order of ``(run_at, id)``.
+
+    Rows that another claimer holds are skipped, never waited for. Jobs that were lost before can be left out.
+    """
+    backend = backend_of(connection)
+    found = {
+        "in_queue": level.queue,
+        "at_priority": level.priority,
+        "after_at": after[0],
+        "after_id": after[1],
+        "newest": newest,
+        "now": now,
+        "limit": limit,
+    }
+    taken = {"worker": worker, "until": leased_until, "started": started_at or now}
+    if backend.returning:
+        rows = list(connection.execute(_claim_at_once(backend, lost_too), {**found, **taken}))
+        return sorted(rows, key=attrgetter("run_at", "id"))  # RETURNING promises no order
+    rows = list(connection.execute(_due_rows(backend, lost_too), found))
+    if rows:
+        connection.execute(_claim_by_id(), {"ids": [row.id for row in rows], **taken})
+    return rows
+
+
+@cache
+def _due(backend: Backend, lost_too: bool) -> Select[Any]:
+    # ix_future_jobs_due, or ix_future_jobs_status: equality on queue and priority, a range on run_at, no sort.
+    after_at = bindparam("after_at", type_=UTCDateTime)
+    due = (
+        select(J.id)
+        .where(
+            WAITING,
+            J.queue == bindparam("in_queue"),
+            J.priority == bindparam("at_priority"),
+            J.run_at <= bindparam("now", type_=UTCDateTime),
+            J.run_at >= after_at,
+            or_(J.run_at > after_at, J.id > bindparam("after_id")),
+            J.id <= bindparam("newest"),
+            NOT_EXPIRED,
+        )
+        .order_by(J.run_at, J.id)
+        .limit(bindparam("limit"))
+    )
+    due = due if lost_too else due.where(J.losses == 0)
+    return due.with_for_update(skip_locked=True) if backend.skip_locked else due
+
+
+@cache
+def _due_rows(backend: Backend, lost_too: bool) -> Select[Any]:
+    # What the rows will hold once `_claim_by_id` has taken them.
+    columns = ((J.attempt + 1).label("attempt") if column is J.attempt else column for column in CLAIMED)
+    return _due(backend, lost_too).with_only_columns(*columns)
+
+
+def _taken() -> dict[str, Any]:
+    return {
+        "status": _to(Status.RUNNING),
+        "attempt": J.attempt + 1,
+        "started_at": bindparam("started", type_=UTCDateTime),
+        "leased_by": bindparam("worker"),
+        "leased_until": bindparam("until", type_=UTCDateTime),
+        "cancel_requested_at": None,
+    }
+
+
+@cache
+def _claim_at_once(backend: Backend, lost_too: bool) -> Update:
+    statement = update(JOBS).values(_taken()).returning(*CLAIMED)
+    if not backend.skip_locked:
+        return statement.where(J.id.in_(_due(backend, lost_too).correlate(None)))
+    # The rows are chosen in a CTE that is materialized: joined, or as an IN-subselect, it may be run again for each
+    # row, and then takes more than its LIMIT.
+    chosen = _due(backend, lost_too).cte("chosen").prefix_with("MATERIALIZED", dialect=backend.name)
+    return statement.where(J.id == chosen.c.id)
+
+
+@cache
+def _claim_by_id() -> Update:
+    return update(JOBS).where(J.id.in_(bindparam("ids", expanding=True)), WAITING).values(_taken())
+
+
+def expired(connection: Connection, level: Level, *, now: datetime, limit: int) -> list[Row[Any]]:
+    """Return up to ``limit`` waiting jobs of ``level`` whose expiry has passed, locked where that is possible.
+
+    The index of the claim. Only due jobs are looked at: none expires before it is due.
+    """
+    params = {"in_queue": level.queue, "at_priority": level.priority, "now": now, "limit": limit}
+    return list(connection.execute(_locked(connection, _EXPIRED), params))
+
+
+def is_any_expired(connection: Connection, level: Level, *, now: datetime) -> bool:
+    """Tell whether `expired` would return any; nothing is locked."""
+    params = {"in_queue": level.queue, "at_priority": level.priority, "now": now, "limit": 1}
+    return connection.execute(_EXPIRED, params).first() is not None
+
+
+_EXPIRED = (
+    select(J.id, J.attempt, J.callable_name, J.queue, J.run_at, J.expires_at)
+    .where(
+        WAITING,
+        J.queue == bindparam("in_queue"),
+        J.priority == bindparam("at_priority"),
+        J.run_at <= bindparam("now", type_=UTCDateTime),
+        J.expires_at < bindparam("now", type_=UTCDateTime),
+    )
+    .order_by(J.run_at, J.id)
+    .limit(bindparam("limit"))
+)
+
+
+def abandoned(connection: Connection, *, before: datetime, limit: int) -> list[Row[Any]]:
+    """Return running jobs whose lease ended before ``before``, locked where that is possible.
+
+    ix_future_jobs_running, or ix_future_jobs_status. A job without any lease is a row edited by hand, and nobody's.
+    """
+    return list(connection.execute(_locked(connection, _ABANDONED), {"before": before, "limit": limit}))
+
+
+def is_any_abandoned(connection: Connection, *, before: datetime) -> bool:
+    """Tell whether `abandoned` would return any; nothing is locked."""
+    return connection.execute(_ABANDONED, {"before": before, "limit": 1}).first() is not None
+
+
+def leases(connection: Connection, *, before: datetime, limit: int) -> list[Row[Any]]:
+    """Return running jobs whose lease ends before ``before``, with who holds them; nothing is locked.
+
+    The index of `abandoned`.
+    """
+    return list(connection.execute(_ABANDONED, {"before": before, "limit": limit}))
+
+
+def held_by(connection: Connection, worker: str) -> set[Token]:
+    """Return the tokens of all that ``worker`` runs. ix_future_jobs_running or ix_future_jobs_status."""
+    found = connection.execute(
+        select(J.id, J.attempt).where(RUNNING, J.leased_by == bindparam("worker")), {"worker": worker}
+    )
+    return {Token(*row) for row in found}
+
+
+_ABANDONED = (
+    select(J.id, J.attempt, J.callable_name, J.queue, J.losses, J.leased_by, J.leased_until)
+    .where(RUNNING, or_(J.leased_until.is_(None), J.leased_until < bindparam("before", type_=UTCDateTime)))
+    .limit(bindparam("limit"))
+)
+
+
+def _locked(connection: Connection, rows: Select[Any]) -> Select[Any]:
+    return rows.with_for_update(skip_locked=True) if backend_of(connection).skip_locked else rows
+
+
+# --- writing ------------------------------------------------------------------------------------------------------
+
+
+def move(
+    connection: Connection, token: Token, source: Status, values: Mapping[str, Any], *conditions: ColumnElement[bool]
+) -> bool:
+    """Write ``values`` to the job if ``token`` still holds it in ``source``; tell whether it did. Primary key."""
+    plain, computed = _parted(values)
+    statement = _guarded(source, computed, conditions)
+    return _changed(connection, statement, {**plain, "_id": token.id, "_attempt": token.attempt}) == 1
+
+
+def complete_each(connection: Connection, results: Mapping[Token, str], values: Mapping[str, Any]) -> int:
+    """Write ``values`` and its own result to the running job of each token; return how many were. Primary key."""
+    if backend_of(connection).json_rows:
+        rows = json.dumps([[*token, result] for token, result in results.items()])
+        return _changed(connection, _complete_from_json(), {**values, "_rows": rows})
+    return _changed(
+        connection,
+        _guarded(Status.RUNNING, (), ()),
+        [
+            {**values, "return_value": Encoded(result), "_id": token.id, "_attempt": token.attempt}
+            for token, result in results.items()
+        ],
+    )
+
+
+@cache
+def _complete_from_json() -> Update:
+    row = func.json_each(bindparam("_rows", type_=Text)).table_valued("value", name="done").c.value
+    job_id, attempt, result = (func.json_extract(row, literal_column(f"'$[{at}]'")) for at in range(3))
+    return update(JOBS).where(J.id == job_id, J.attempt == attempt, RUNNING).values(return_value=result)
+
+
+def _parted(values: Mapping[str, Any]) -> tuple[dict[str, Any], tuple[tuple[str, Any], ...]]:
+    """Part what is bound from what is computed in SQL: the former is not in the text of a statement."""
+    computed = tuple((name, value) for name, value in values.items() if isinstance(value, ColumnElement))
+    if not computed:
+        return dict(values), ()
+    return {name: value for name, value in values.items() if not isinstance(value, ColumnElement)}, computed
+
+
+@lru_cache(maxsize=128)
+def _guarded(
+    source: Status, computed: tuple[tuple[str, Any], ...], conditions: tuple[ColumnElement[bool], ...]
+) -> Update:
+    # What it sets follows from the parameters it is executed with; an expression is known again by its identity.
+    held = update(JOBS).where(J.id == bindparam("_id"), J.attempt == bindparam("_attempt"), _is(source), *conditions)
+    return held.values(dict(computed)) if computed else held
+
+
+def move_all(
+    connection: Connection, ids: Sequence[int], attempt: int, source: Status, values: Mapping[str, Any]
+) -> int:
+    """Write ``values`` to those of ``ids`` that are in ``source`` at ``attempt``; return how many. Primary key."""
+    return _changed(connection, _guarded_all(source), {**values, "_ids": ids, "_attempt": attempt})
+
+
+@cache
+def _guarded_all(source: Status) -> Update:
+    return update(JOBS).where(
+        J.id.in_(bindparam("_ids", expanding=True)), J.attempt == bindparam("_attempt"), _is(source)
+    )
+
+
+def force(connection: Connection, job_id: int, values: Mapping[str, Any]) -> None:
+    """Write ``values`` to a job whatever its state. Primary key. For a caller that holds its row locked."""
+    connection.execute(update(JOBS).where(J.id == bindparam("_id")).values(**values), {"_id": job_id})
+
+
+def remove(connection: Connection, token: Token) -> bool:
+    """Delete a running job that ``token`` holds, and its failures; tell whether it held it. Primary key."""
+    forget_failures(connection, [token.id])
+    statement = delete(JOBS).where(J.id == bindparam("_id"), J.attempt == bindparam("_attempt"), RUNNING)
+    return _changed(connection, statement, {"_id": token.id, "_attempt": token.attempt}) == 1
+
+
+def remove_all(connection: Connection, ids: Sequence[int], attempt: int) -> int:
+    """Delete those of ``ids`` that are running at ``attempt``, and their failures; return how many. Primary key."""
+    forget_failures(connection, ids)
+    statement = delete(JOBS).where(
+        J.id.in_(bindparam("_ids", expanding=True)), J.attempt == bindparam("_attempt"), RUNNING
+    )
+    return _changed(connection, statement, {"_ids": ids, "_attempt": attempt})
+
+
+def forget_failures(connection: Connection, ids: Sequence[int]) -> None:
+    """Delete the failures of ``ids``. ix_future_jobs_failure_job."""
+    connection.execute(
+        delete(FAILURES).where(FAILURES.c.job_id.in_(bindparam("_ids", expanding=True))), {"_ids": list(ids)}
+    )
+
+
+def add_failure(connection: Connection, values: Mapping[str, Any]) -> None:
+    """Insert one `JobFailure`."""
+    connection.execute(insert(FAILURES), dict(values))
+
+
+def holds(connection: Connection, tokens: Iterable[Token]) -> set[Token]:
+    """Return those of ``tokens`` that still hold their running job. Primary key."""
+    wanted = set(tokens)
+    found = connection.execute(
+        select(J.id, J.attempt).where(J.id.in_(bindparam("ids", expanding=True)), RUNNING),
+        {"ids": [token.id for token in wanted]},
+    )
+    return {Token(*row) for row in found} & wanted
+
+
+def state(connection: Connection, job_id: int) -> tuple[int, str] | None:
+    """Return ``(attempt, status)`` of a job; None if it does not exist. Primary key."""
+    row = connection.execute(select(J.attempt, J.status).where(J.id == bindparam("_id")), {"_id": job_id}).first()
+    return None if row is None else (row.attempt, row.status)
+
+
+def hold(connection: Connection, token: Token) -> bool:
+    """Lock the row of a running job until the transaction ends; tell whether ``token`` still holds it. Primary key."""
+    return connection.scalar(_HOLD, {"_id": token.id, "_attempt": token.attempt}) is not None
+
+
+_HOLD = select(J.id).where(J.id == bindparam("_id"), J.attempt == bindparam("_attempt"), RUNNING).with_for_update()
+
+
+def renew(connection: Connection, worker: str, until: datetime) -> int:
+    """Extend the lease of what ``worker`` runs; return how many. ix_future_jobs_running or ix_future_jobs_status.
+
+    A job whose row is locked by its own transaction is passed over: a rescue would pass it over as well.
+    """
+    ids = connection.scalars(_locked(connection, _LEASED), {"worker": worker}).all()
+    return _changed(connection, _RENEW, {"_ids": ids, "worker": worker, "until": until}) if ids else 0
+
+
+_LEASED = select(J.id).where(RUNNING, J.leased_by == bindparam("worker"))
+_RENEW = (
+    update(JOBS)
+    .where(J.id.in_(bindparam("_ids", expanding=True)), RUNNING, J.leased_by == bindparam("worker"))
+    .values(leased_until=bindparam("until", type_=UTCDateTime))
+)
+
+
+def _changed(connection: Connection, statement: Any, params: Mapping[str, Any] | Sequence[Mapping[str, Any]]) -> int:
+    return cast("CursorResult[Any]", connection.execute(statement, params)).rowcount
