@@ -1,0 +1,121 @@
+"""What keeps a worker's jobs its own while it lives, and gives them to others when it does not.
+
+A thread of its own renews the leases of all that the worker holds, each quarter of a lease, by one UPDATE, and watches
+the leases of others. A job is taken back when its lease is over by the database's clock, *and* nobody has touched it
+for a whole lease on the watcher's own monotonic clock. So a clock that jumps takes nothing from the living.
+"""
+
+from __future__ import annotations
+
+import random
+import threading
+from collections.abc import Callable
+from datetime import datetime, timedelta
+from time import monotonic
+
+from sqlalchemy.engine import Connection
+
+from . import events, lifecycle, statements
+from .performing import tell
+from .statements import Token
+from .status import Status
+from .units import Units
+
+__all__ = ["Leases"]
+
+MOST_WATCHED = 5_000
+
+
+class Leases:
+    """The leases of one worker, and its eye on those of others."""
+
+    def __init__(
+        self,
+        units: Units,
+        worker: str,
+        lease: timedelta,
+        *,
+        time: Callable[[], datetime],
+        held: Callable[[], set[Token]],
+    ) -> None:
+        self.units = units
+        self.worker = worker
+        self.lease = lease
+        self._time = time
+        self._held = held
+        self._strays: set[Token] = set()
+        self._watched: dict[tuple[Token, datetime | None], float] = {}
+        self._over = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="future_jobs leases", daemon=True)
+
+    def end(self) -> datetime:
+        """Return until when a lease that is taken now holds."""
+        return self._time() + self.lease
+
+    def start(self) -> None:
+        """Begin to renew and to watch, in a thread that no busy job can starve."""
+        self._thread.start()
+
+    def stop(self) -> None:
+        """Return once nothing is renewed any more."""
+        self._over.set()
+        if self._thread.is_alive():
+            self._thread.join(timeout=5)  # it may be waiting for a database that is away
+
+    def _run(self) -> None:
+        pause = self.lease.total_seconds() / 4
+        while not self._over.is_set():
+            began = monotonic()
+            for step in (self.renew, self.watch):
+                try:
+                    step()
+                except Exception:
+                    if not self._over.is_set():
+                        events.logger.exception("the leases of %s: %s failed", self.worker, step.__name__)
+            self._over.wait(max(0.0, pause - (monotonic() - began)))
+
+    def renew(self) -> None:
+        """Extend the leases of all that the worker holds.
+
+        A job that the database says it holds, and it knows nothing of, was claimed by a transaction whose commit was
+        reported as lost. Renewed with the others it would never run: if it is still there the next time, it goes back.
+        """
+        held = self._held()
+        if not held and not self._strays:
+            return
+        renewed = self.units.write(lambda connection: statements.renew(connection, self.worker, self.end()))
+        if renewed <= len(held):
+            self._strays = set()
+            return
+        unknown = self.units.read(lambda connection: statements.held_by(connection, self.worker)) - self._held()
+        lasting, self._strays = unknown & self._strays, unknown
+        if lasting:
+            self.units.write(lambda connection: lifecycle.release_all(connection, lasting))
+
+    def watch(self) -> None:
+        """Look at leases that were not renewed in time, and take back the jobs of those that stay so.
+
+        A living worker's lease never has less than three quarters left, so half of one is early enough to begin.
+        """
+        now, seen, held = self._time(), monotonic(), self._held()
+
+        def look(connection: Connection) -> dict[tuple[Token, datetime | None], float]:
+            rows = statements.leases(connection, before=now + self.lease / 2, limit=MOST_WATCHED)
+            keys = [(Token(row.id, row.attempt), row.leased_until) for row in rows]
+            return {key: self._watched.get(key, seen) for key in keys if key[0] not in held}
+
+        self._watched = self.units.read(look)
+        still = seen - self.lease.total_seconds()
+        over = {key for key, since in self._watched.items() if since <= still and (key[1] is None or key[1] < now)}
+        if over:
+            self._rescue(over, now)
+
+    def _rescue(self, over: set[tuple[Token, datetime | None]], now: datetime) -> None:
+        delay = self.lease * random.uniform(0, 1 / 8)  # noqa: S311 (so that what died together does not start together)
+        rescued = self.units.write(
+            lambda connection: lifecycle.rescue(connection, now=now, grace=timedelta(0), watched=over, delay=delay)
+        )
+        for row, status in rescued:
+            tell("rescued", row, attempt=row.attempt, worker=row.leased_by, losses=row.losses + 1)
+            if status is Status.FAILED:
+                tell("failed", row, attempt=row.attempt, seconds=0.0, error_type="WorkerLost", error="worker lost")

@@ -1,0 +1,103 @@
+"""What a worker is given to find its jobs: an Engine, a URL, a maker of Sessions, or where one is."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from datetime import timedelta
+from importlib import import_module
+from typing import Any
+
+from sqlalchemy import URL, create_engine
+from sqlalchemy.engine import Engine
+from sqlalchemy.orm import Session, scoped_session, sessionmaker
+from sqlalchemy.pool import QueuePool
+
+from .dialects import is_autocommit
+from .errors import InvalidArgument, InvalidOption, InvalidTime, shown
+from .models import ScheduledJob
+from .times import parse_duration
+
+__all__ = ["Maker", "opened", "own_engine", "refuse_small_pool", "seconds_of"]
+
+Maker = Callable[[], Session] | scoped_session[Any]
+
+_PLACE = re.compile(r"([^\W\d]\w*(?:\.[^\W\d]\w*)*):([^\W\d]\w*(?:\.[^\W\d]\w*)*)")
+
+
+def opened(source: Any, *, connections: int = 15) -> tuple[Engine, Maker, bool]:
+    """Return the engine, what makes Sessions, and whether the engine was made here, for as many ``connections``."""
+    if isinstance(source, str) and (place := _PLACE.fullmatch(source)):
+        found: Any = import_module(place[1])
+        for part in place[2].split("."):
+            found = getattr(found, part)
+        return opened(found, connections=connections)
+    if isinstance(source, str | URL):
+        engine = create_engine(source)
+        if isinstance(engine.pool, QueuePool):
+            engine.dispose()
+            engine = create_engine(source, pool_size=connections)
+        return engine, sessionmaker(engine), True
+    if isinstance(source, Engine):
+        return _checked(source), sessionmaker(source), False
+    if isinstance(source, sessionmaker | scoped_session):
+        session = source()
+        bind = session.get_bind(ScheduledJob)
+        if isinstance(source, sessionmaker):
+            session.close()
+        else:
+            source.remove()
+        if isinstance(bind, Engine):
+            return _checked(bind), source, False
+    raise InvalidArgument(
+        f"source is {shown(source)}; pass an Engine, a URL, a sessionmaker or scoped_session bound to an Engine, "
+        "or 'module:attr'",
+        argument="source",
+        value=source,
+    )
+
+
+def _checked(engine: Engine) -> Engine:
+    if is_autocommit(engine):
+        raise InvalidOption(
+            "the engine has isolation_level='AUTOCOMMIT', where nothing can be rolled back; pass one without it",
+            argument="source",
+            value=engine,
+        )
+    return engine
+
+
+def own_engine(engine: Engine) -> Engine:
+    """Return an engine on the same database with a pool of its own, so that jobs cannot use up its connections."""
+    return Engine(
+        engine.pool.recreate(),
+        engine.dialect,
+        engine.url,
+        execution_options=engine.get_execution_options(),
+        hide_parameters=engine.hide_parameters,
+    )
+
+
+def refuse_small_pool(engine: Engine, slots: int) -> None:
+    """Raise `InvalidOption` if jobs would wait for connections of the pool, and fail when they wait too long."""
+    pool = engine.pool
+    if not isinstance(pool, QueuePool) or pool._max_overflow < 0:  # noqa: SLF001 (only the constructor knows it else)
+        return
+    connections = pool.size() + pool._max_overflow  # noqa: SLF001
+    if connections < slots:
+        raise InvalidOption(
+            f"queues has {slots} slots, and the engine's pool gives {connections} connections; use "
+            f"create_engine(..., pool_size={slots}), or fewer slots",
+            argument="queues",
+            value=slots,
+        )
+
+
+def seconds_of(value: str | timedelta, argument: str) -> float:
+    """Return a duration, such as ``"60s"``, in seconds; raise `InvalidTime` if it is not exact, or negative."""
+    duration = parse_duration(value, argument=argument) if isinstance(value, str) else value
+    if not isinstance(duration, timedelta) or duration < timedelta(0):
+        raise InvalidTime(
+            f"{argument} is {shown(value)}; pass an exact duration such as '60s'", argument=argument, value=value
+        )
+    return duration.total_seconds()
