@@ -273,8 +273,8 @@ def finish_batches_by_status_only(monkeypatch):
 def no_expiry_check(monkeypatch):
     due = statements._due.__wrapped__
 
-    def without(backend):
-        found = due(backend)
+    def without(*arguments):
+        found = due(*arguments)
         kept = [clause for clause in found.whereclause.clauses if "expires_at" not in str(clause)]
         return select(J.id).where(*kept).order_by(J.run_at, J.id).limit(found._limit_clause)
 
