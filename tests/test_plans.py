@@ -9,7 +9,7 @@ import pytest
 from sqlalchemy import event, insert, text
 from sqlalchemy.orm import Session
 
-from future_jobs import Scheduler
+from future_jobs import Scheduler, create_tables
 from future_jobs import statements as st
 from future_jobs.dialects import backend_of
 from future_jobs.statements import Level
@@ -21,8 +21,13 @@ TABLE = "future_jobs_scheduled_job"
 
 
 @pytest.fixture
-def loaded(engine, kind, session):
-    """Many future jobs of better priorities, many finished ones, and a few that are due, run, or were abandoned."""
+def loaded(empty_engine):
+    """Many future jobs of better priorities, many finished ones, and a few that are due, run, or were abandoned.
+
+    In a database of its own: one that is used again has dead rows, which an index scan steps over, and statistics.
+    """
+    engine = empty_engine
+    create_tables(engine)
     shared = {"callable_name": "tests.jobs.record", "args": [], "kwargs": {}, "queue": "default", "created_at": NOW}
     future = NOW + timedelta(days=1)
     rows = [
@@ -33,8 +38,9 @@ def loaded(engine, kind, session):
     with engine.begin() as connection:
         for start in range(0, len(rows), 5_000):
             connection.execute(insert(st.JOBS), rows[start : start + 5_000])
-    Scheduler(session).schedule_many(NOW - timedelta(minutes=1), "tests.jobs.record", [{} for _ in range(300)])
-    session.commit()
+    with Session(engine) as session:
+        Scheduler(session).schedule_many(NOW - timedelta(minutes=1), "tests.jobs.record", [{} for _ in range(300)])
+        session.commit()
     with engine.begin() as connection:
         level = Level("default", 0, NOW - timedelta(minutes=1))
         for worker in ("the living", "the dead"):
