@@ -10,11 +10,11 @@ import struct
 import subprocess
 import sys
 import termios
-import time
 from datetime import UTC, datetime, timedelta
 from importlib.metadata import version
 from inspect import signature
 from pathlib import Path
+from select import select as select_ready
 
 import click
 import pytest
@@ -28,7 +28,7 @@ from future_jobs.cli import main, output, words
 ROOT = Path(__file__).resolve().parent.parent
 MODULE = "clishop"
 APPLICATION = """
-import os, subprocess, sys, time
+import os, subprocess, sys, threading
 from sqlalchemy import create_engine
 from sqlalchemy.orm import Session, scoped_session, sessionmaker
 from future_jobs import Scheduler, Snooze, job
@@ -58,8 +58,9 @@ def loud():
 def snooze(): return Snooze("2h")
 def later(session: Session): Scheduler.of(session).schedule("3d", fine)
 def slow():
-    open("started", "w").close()
-    time.sleep(60)
+    with open("started", "w") as pipe:
+        pipe.write("yes")
+    threading.Event().wait(60)
 
 @job(name="a.lasting.name")
 def named(): pass
@@ -677,15 +678,16 @@ def test_what_a_handler_prints_is_seen_without_json(app, fj):
 def test_an_interrupt_hands_the_jobs_back_and_exits_with_130(fj, session, tmp_path):
     fj("schedule", "0s", "clishop.slow")
     fj("schedule", "0s", "clishop.fine")
+    os.mkfifo(tmp_path / "started")
+    pipe = os.open(tmp_path / "started", os.O_RDONLY | os.O_NONBLOCK)
     command = [sys.executable, "-m", "future_jobs", "--url", f"sqlite:///{tmp_path}/jobs.db", "run"]
     with subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment()
     ) as process:
-        deadline = time.monotonic() + 30
-        while not tmp_path.joinpath("started").exists() and time.monotonic() < deadline:
-            time.sleep(0.02)
+        assert select_ready([pipe], [], [], 30)[0], "the handler did not start"
         process.send_signal(signal.SIGINT)
         shown = process.communicate(timeout=30)[1]
+    os.close(pipe)
     assert process.returncode == 130
     assert "Interrupted." in shown
     assert "Traceback" not in shown
