@@ -4,12 +4,12 @@ import json
 from datetime import UTC, datetime, timedelta
 
 import pytest
-from click.testing import CliRunner
 from sqlalchemy import create_engine, select, update
 from sqlalchemy.orm import Session
 
 from future_jobs import RecurringJob, ScheduledJob, Scheduler, create_tables
 from future_jobs.cli import main
+from tests.test_cli import runner
 
 ALLOWED = "--allow=future_jobs.contrib.crontab"
 
@@ -46,7 +46,7 @@ def fj(url, session):
     def call(*line, code=0, **settings):
         session.rollback()
         words = ["--url", url, "--timezone", "Europe/Stockholm", *map(str, line)]
-        result = CliRunner().invoke(main, words, **settings)
+        result = runner().invoke(main, words, **settings)
         if result.exception is not None and not isinstance(result.exception, SystemExit):
             raise result.exception
         assert result.exit_code == code, result.output

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import threading
 from collections import Counter
@@ -9,7 +10,8 @@ from contextlib import ExitStack
 from time import monotonic
 
 import pytest
-from sqlalchemy import create_engine, select
+from sqlalchemy import create_engine, select, text
+from sqlalchemy.exc import OperationalError
 from sqlalchemy.orm import Session
 
 from future_jobs import ScheduledJob, Scheduler
@@ -48,7 +50,7 @@ def scheduled(session, count):
 def written(session):
     """How many attempts of each job committed what they wrote."""
     session.rollback()
-    return Counter(int(text.partition(":")[0]) for text in letters(session))
+    return Counter(int(letter.partition(":")[0]) for letter in letters(session))
 
 
 def statuses(session):
@@ -62,6 +64,31 @@ def until(true):
     while not true():
         assert monotonic() < deadline
         pause.wait(0.05)
+
+
+def put_to_sleep(process, session):
+    """Stop a process at a moment at which it holds no lock: one that holds the database's lock stops everybody."""
+    for _ in range(100):
+        process.signal(signal.SIGSTOP)
+        os.waitpid(process.process.pid, os.WUNTRACED)
+        if is_free(session):
+            return
+        process.signal(signal.SIGCONT)
+        os.waitpid(process.process.pid, os.WCONTINUED)
+    raise AssertionError("it always holds a lock")
+
+
+def is_free(session):
+    try:
+        if session.get_bind().dialect.name == "sqlite":
+            session.execute(text("PRAGMA busy_timeout = 100"))
+            session.execute(text("BEGIN IMMEDIATE"))
+            return True
+        return session.scalar(select(ScheduledJob.id).with_for_update(skip_locked=True)) is not None
+    except OperationalError:
+        return False
+    finally:
+        session.rollback()
 
 
 def test_sigterm_lets_what_runs_finish_and_hands_back_the_rest(session, start):
@@ -96,7 +123,7 @@ def test_a_worker_that_slept_over_its_lease_commits_nothing(session, start):
     [job_id] = scheduled(session, 1)
     sleeper = start(lease=1.0, held=True)
     sleeper.wait_for("began")
-    sleeper.signal(signal.SIGSTOP)
+    put_to_sleep(sleeper, session)
     other = start(lease=1.0)
     other.wait_for("completed")
     sleeper.signal(signal.SIGCONT)

@@ -36,6 +36,9 @@ class Process:
             env={**os.environ, "PYTHONPATH": str(ROOT), HELD: "yes" if held else ""},
             cwd=ROOT,
         )
+        self._watchdog = threading.Timer(120, self.process.kill)  # so that a test fails instead of waiting for ever
+        self._watchdog.daemon = True
+        self._watchdog.start()
         self.wait_for("started")
 
     def wait_for(self, event: str, *, number: int = 1) -> dict:
@@ -62,6 +65,7 @@ class Process:
         return self.process.wait(timeout=60)
 
     def close(self) -> None:
+        self._watchdog.cancel()
         if self.process.poll() is None:
             self.process.kill()
         self.process.communicate()
