@@ -49,6 +49,9 @@ FAILURES = cast("Table", JobFailure.__table__)
 J = JOBS.c
 
 
+ANY_LOSSES = 1 << 30
+
+
 class Token(NamedTuple):
     """What proves that an attempt still holds its job: the fence of every write after the claim."""
 
@@ -348,7 +351,7 @@ def claim(
     worker: str,
     leased_until: datetime,
     started_at: datetime | None = None,
-    most_losses: int = 1 << 30,
+    most_losses: int = ANY_LOSSES,
 ) -> list[Claimed]:
     """Take up to ``limit`` due jobs of ``level`` that come after ``after``, in order of ``(run_at, id)``.
 
