@@ -232,6 +232,7 @@ class Backend:
     recursive_scan: bool  # a recursive CTE may step through an index; MariaDB reads the whole of it instead
     json_rows: bool  # INSERT ... SELECT ... FROM json_each(:rows) is the fastest bulk insert
     own_clock: bool  # it has a clock of its own, which judges what is due
+    compiles: bool  # a plan that it takes for expensive is compiled first (PostgreSQL's jit)
     isolation_level: str | None  # for the library's own transactions
     oldest: tuple[int, ...]  # the oldest version that keeps the promises
 
@@ -254,6 +255,7 @@ SQLITE = Backend(
     recursive_scan=True,
     json_rows=True,
     own_clock=False,
+    compiles=False,
     isolation_level=None,
     oldest=(3, 35),
 )
@@ -264,6 +266,7 @@ POSTGRESQL = Backend(
     recursive_scan=True,
     json_rows=False,
     own_clock=True,
+    compiles=True,
     isolation_level="READ COMMITTED",
     oldest=(12,),
 )
@@ -274,6 +277,7 @@ MYSQL = Backend(
     recursive_scan=False,
     json_rows=False,
     own_clock=True,
+    compiles=False,
     isolation_level="READ COMMITTED",
     oldest=(8, 0, 1),
 )
