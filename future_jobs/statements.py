@@ -334,6 +334,20 @@ def clock(connection: Connection) -> datetime | None:
     return connection.scalar(select(type_coerce(now, UTCDateTime)))
 
 
+def notify(connection: Connection) -> None:
+    """Wake the workers that listen, when the transaction commits; no table."""
+    connection.execute(_NOTIFY)
+
+
+_CHANNEL = "future_jobs"
+_NOTIFY = select(func.pg_notify(_CHANNEL, ""))
+
+
+def listen(connection: Connection) -> None:
+    """Let ``connection`` hear of `notify`; no table."""
+    connection.execute(text(f"LISTEN {_CHANNEL}"))
+
+
 def times_of(connection: Connection, job_id: int) -> Any:
     """Return ``nominal_at`` and ``expires_at`` of a job; None if it does not exist. Primary key."""
     return connection.execute(

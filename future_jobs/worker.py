@@ -31,7 +31,7 @@ from sqlalchemy.orm import scoped_session, sessionmaker
 
 from . import events, execution, lifecycle, schema, statements, ticks, wakeups
 from .callables import Allow
-from .dialects import is_single_connection
+from .dialects import can_listen, is_single_connection
 from .errors import CallableNotFound, DatabaseBusy, InvalidOption, NotSupported, shown
 from .leases import Leases
 from .lifecycle import Released, Snoozed
@@ -70,7 +70,8 @@ class Worker:
     run at once; ``"*"`` stands for all that are not named. ``lease`` is how long after its death a worker's jobs stay
     its own, ``poll`` how often it looks, at least. ``prefetch`` is how many jobs it may hold beyond its slots (None:
     what they finish in a tenth of a second). ``max_jobs`` ends it after that many; ``retention`` is how long complete
-    jobs are kept (None: for ever). ``executor`` runs the jobs, in this process.
+    jobs are kept (None: for ever). ``executor`` runs the jobs, in this process. ``notify`` makes it listen, on
+    PostgreSQL, for what `notify_workers` lets others send.
     """
 
     def __init__(
@@ -87,6 +88,7 @@ class Worker:
         prefetch: int | None = None,
         max_jobs: int | None = None,
         retention: str | timedelta | None = None,
+        notify: bool = False,
     ) -> None:
         self.queues = dict(queues or {"default": 10})
         self.lanes = lanes_of(self.queues, prefetch)
@@ -104,6 +106,7 @@ class Worker:
         self.engine, self._make, self._owns_engine = opened(source, connections=sum(self.queues.values()))
         scoped = self._make if isinstance(self._make, scoped_session) else None
         self.scheduler = Scheduler(scoped or self._make(), timezone=timezone, allow=allow)
+        self.notify = notify and can_listen(self.engine)
         self._around = None if scoped is None else InRegistry(scoped)
         self._given_executor = executor
         self._pid = os.getpid()
@@ -459,7 +462,7 @@ class Worker:
             context=context,
             performer=_Waiting(units, self._open_session, context, worker=name),
             leases=Leases(units, name, self.lease, time=crew_time, held=self._tokens),
-            watch=wakeups.Watch(engine, self._wake),
+            watch=wakeups.watch(engine, self._wake, notify=self.notify),
             executor=executor,
         )
         crew.measure()
