@@ -36,7 +36,7 @@ __all__ = ["Alarm", "Listener", "Watch", "announce", "listen", "notify_workers",
 
 Wake = Callable[[datetime], None]
 
-BUSY_SECONDS, IDLE_SECONDS = 0.005, 0.01  # between two looks at the count of commits
+BUSY_SECONDS, IDLE_SECONDS = 0.005, 0.0125  # between two looks at the count of commits
 FIRST_PAUSE, LONGEST_PAUSE = 0.1, 30.0  # seconds until a lost connection is replaced
 PROBE_SECONDS = 30.0  # a connection that nobody speaks on is one that a firewall forgets
 

@@ -135,15 +135,13 @@ def _write_banner(given: Given, scheduler: Scheduler, made: Worker, settings: di
     from future_jobs import __version__  # noqa: PLC0415
 
     url = database(scheduler).engine.url.render_as_string(hide_password=True)
+    listens = ", and listens" if made.notify else ""
     queues = ", ".join(f"{'all others' if name == '*' else name} {slots}" for name, slots in made.queues.items())
     say(paint(f"future-jobs {__version__} worker, process {os.getpid()}", bold=True))
     for label, words in (
         ("jobs", f"{tidy(given.place)}, in {tidy(url)}"),
         ("queues", f"{tidy(queues)} at once"),
-        (
-            "lease",
-            f"{settings['lease']}, looks every {settings['poll']} at least{', and listens' if made.notify else ''}",
-        ),
+        ("lease", f"{settings['lease']}, looks every {settings['poll']} at least{listens}"),
     ):
         say(f"  {label.ljust(7)} {words}")
     say("  Ctrl-C or SIGTERM ends it once what runs is finished, a second one at once.")
