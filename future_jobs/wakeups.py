@@ -37,6 +37,7 @@ __all__ = ["Alarm", "Listener", "Watch", "announce", "listen", "notify_workers",
 Wake = Callable[[datetime], None]
 
 BUSY_SECONDS, IDLE_SECONDS = 0.005, 0.0125  # between two looks at the count of commits
+CROWDED_SECONDS = 0.1  # the same at most, while one commit follows the other
 FIRST_PAUSE, LONGEST_PAUSE = 0.1, 30.0  # seconds until a lost connection is replaced
 PROBE_SECONDS = 30.0  # a connection that nobody speaks on is one that a firewall forgets
 
@@ -279,14 +280,17 @@ class Watch:
         return count and partial(self._follow, count)
 
     def _follow(self, count: Callable[[], int]) -> None:
-        seen, pause = count(), BUSY_SECONDS
+        seen, pause, woke_at, rest = count(), BUSY_SECONDS, monotonic(), BUSY_SECONDS
         self._wake()  # for what came while nobody looked
         while not self._over.wait(pause):
             found = count()
             if found == seen:
                 pause = min(pause * 1.1, IDLE_SECONDS)
                 continue
-            seen, pause = found, BUSY_SECONDS
+            # The worker's own commits count as well: while it commits all the time it looks often enough by itself.
+            is_crowded = monotonic() - woke_at < 2 * rest
+            pause = rest = min(2 * rest, CROWDED_SECONDS) if is_crowded else BUSY_SECONDS
+            seen, woke_at = found, monotonic()
             self._wake()
 
 
