@@ -29,6 +29,7 @@ from sqlalchemy import (
     literal_column,
     or_,
     select,
+    text,
     type_coerce,
     update,
 )
@@ -244,7 +245,10 @@ def levels(connection: Connection) -> list[Level]:
 
     A loose index scan over (queue, priority): one index look-up a level, however many rows there are.
     """
-    if backend_of(connection).recursive_scan:
+    backend = backend_of(connection)
+    if backend.compiles:  # it believes in 10,000 levels, and compiling for those takes ten times as long as the look
+        connection.execute(_DO_NOT_COMPILE)
+    if backend.recursive_scan:
         found = [Level(*row) for row in connection.execute(_levels_at_once())]
     else:
         found = list(_levels_by_steps(connection))
@@ -285,6 +289,9 @@ def _levels_at_once() -> Select[Any]:
         .scalar_subquery()
     )
     return select(steps.c.queue, steps.c.priority, first).where(steps.c.priority.is_not(None))
+
+
+_DO_NOT_COMPILE = text("SET LOCAL jit = off")
 
 
 def _levels_by_steps(connection: Connection) -> Iterator[Level]:
@@ -328,6 +335,20 @@ def clock(connection: Connection) -> datetime | None:
         return None
     now = func.clock_timestamp() if backend.returning else func.utc_timestamp(6)
     return connection.scalar(select(type_coerce(now, UTCDateTime)))
+
+
+def notify(connection: Connection) -> None:
+    """Wake the workers that listen, when the transaction commits; no table."""
+    connection.execute(_NOTIFY)
+
+
+_CHANNEL = "future_jobs"
+_NOTIFY = select(func.pg_notify(_CHANNEL, ""))
+
+
+def listen(connection: Connection) -> None:
+    """Let ``connection`` hear of `notify`; no table."""
+    connection.execute(text(f"LISTEN {_CHANNEL}"))
 
 
 def times_of(connection: Connection, job_id: int) -> Any:

@@ -32,7 +32,7 @@ from . import events, execution, lifecycle, schema, statements, ticks, wakeups
 from .callables import Allow
 from .claims import Claims, Taken, Wish
 from .crew import Crew, PatientPerformer, opener
-from .dialects import is_single_connection
+from .dialects import can_listen, is_single_connection
 from .errors import DatabaseBusy, InvalidOption, NotSupported, shown
 from .leases import Leases
 from .lifecycle import Released, Snoozed
@@ -68,7 +68,8 @@ class Worker:
     run at once; ``"*"`` stands for all that are not named. ``lease`` is how long after its death a worker's jobs stay
     its own, ``poll`` how often it looks, at least. ``prefetch`` is how many jobs it may hold beyond its slots (None:
     what they finish in a tenth of a second). ``max_jobs`` ends it after that many; ``retention`` is how long complete
-    jobs are kept (None: for ever). ``executor`` runs the jobs, in this process.
+    jobs are kept (None: for ever). ``executor`` runs the jobs, in this process. ``notify`` makes it listen, on
+    PostgreSQL, for what `notify_workers` lets others send.
     """
 
     def __init__(
@@ -85,6 +86,7 @@ class Worker:
         prefetch: int | None = None,
         max_jobs: int | None = None,
         retention: str | timedelta | None = None,
+        notify: bool = False,
     ) -> None:
         self.queues = dict(queues or {"default": 10})
         self.lanes = lanes_of(self.queues, prefetch)
@@ -102,6 +104,7 @@ class Worker:
         self.engine, self._make, self._owns_engine = opened(source, connections=sum(self.queues.values()))
         scoped = self._make if isinstance(self._make, scoped_session) else None
         self.scheduler = Scheduler(scoped or self._make(), timezone=timezone, allow=allow)
+        self.notify = notify and can_listen(self.engine)
         self._around = None if scoped is None else InRegistry(scoped)
         self._given_executor = executor
         self._pid = os.getpid()
@@ -345,7 +348,7 @@ class Worker:
             context=context,
             performer=performer,
             leases=leases,
-            watch=wakeups.Watch(engine, self._wake),
+            watch=wakeups.watch(engine, self._wake, notify=self.notify),
             claims=Claims(self.lanes, worker=name, time=now, lease_end=leases.end),
             runner=self._runner(performer, outbox, alone=alone),
             outbox=outbox,
