@@ -38,6 +38,8 @@ __all__ = [
     "begin_before_savepoint",
     "claim_indexes",
     "configure_sqlite",
+    "guide_planner",
+    "is_guided",
     "job_transaction",
     "partial_index",
 ]
@@ -233,7 +235,7 @@ class Backend:
     json_rows: bool  # INSERT ... SELECT ... FROM json_each(:rows) is the fastest bulk insert
     own_clock: bool  # it has a clock of its own, which judges what is due
     notifies: bool  # NOTIFY, which waits for the commit
-    compiles: bool  # a plan that it takes for expensive is compiled first (PostgreSQL's jit)
+    planner: tuple[str, ...]  # what its planner must be kept from, to read no more than a claim needs
     isolation_level: str | None  # for the library's own transactions
     oldest: tuple[int, ...]  # the oldest version that keeps the promises
 
@@ -257,7 +259,7 @@ SQLITE = Backend(
     json_rows=True,
     own_clock=False,
     notifies=False,
-    compiles=False,
+    planner=(),
     isolation_level=None,
     oldest=(3, 35),
 )
@@ -269,7 +271,9 @@ POSTGRESQL = Backend(
     json_rows=False,
     own_clock=True,
     notifies=True,
-    compiles=True,
+    # With old statistics it believes in few rows that are due, and reads and sorts all of them for a hundred; and it
+    # compiles the look for levels, which takes ten times as long as the look.
+    planner=("enable_sort", "enable_bitmapscan", "jit"),
     isolation_level="READ COMMITTED",
     oldest=(12,),
 )
@@ -281,7 +285,7 @@ MYSQL = Backend(
     json_rows=False,
     own_clock=True,
     notifies=False,
-    compiles=False,
+    planner=(),
     isolation_level="READ COMMITTED",
     oldest=(8, 0, 1),
 )
@@ -295,6 +299,29 @@ def backend_of(bind: Engine | Connection | Dialect) -> Backend:
         return _BACKENDS[name]
     except KeyError:
         raise NotSupported(f"{name} is not supported; use SQLite, PostgreSQL, MySQL or MariaDB") from None
+
+
+_GUIDED = "future_jobs.guided"  # in a connection's info: its planner was told for good
+
+
+def guide_planner(engine: Engine) -> None:
+    """Keep the planner from what `Backend.planner` names, on all connections of ``engine``, which is the library's own."""
+    settings = backend_of(engine).planner
+
+    def connected(connection: Any, record: Any) -> None:
+        with connection.cursor() as cursor:
+            for name in settings:
+                cursor.execute(f"SET {name} = off")
+        connection.commit()
+        record.info[_GUIDED] = True
+
+    if settings:
+        event.listen(engine, "connect", connected)
+
+
+def is_guided(connection: Connection) -> bool:
+    """Tell whether the planner of ``connection`` needs not be told."""
+    return not backend_of(connection).planner or _GUIDED in connection.info
 
 
 def check_version(connection: Connection) -> None:

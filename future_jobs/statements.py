@@ -39,7 +39,7 @@ from sqlalchemy.orm.attributes import instance_dict, instance_state
 from sqlalchemy.schema import Table
 from sqlalchemy.sql.dml import Insert, Update
 
-from .dialects import Backend, Encoded, UTCDateTime, backend_of
+from .dialects import Backend, Encoded, UTCDateTime, backend_of, is_guided
 from .models import JobFailure, ScheduledJob
 from .status import Status
 
@@ -246,8 +246,7 @@ def levels(connection: Connection) -> list[Level]:
     A loose index scan over (queue, priority): one index look-up a level, however many rows there are.
     """
     backend = backend_of(connection)
-    if backend.compiles:  # it believes in 10,000 levels, and compiling for those takes ten times as long as the look
-        connection.execute(_DO_NOT_COMPILE)
+    _guide(connection)
     if backend.recursive_scan:
         found = [Level(*row) for row in connection.execute(_levels_at_once())]
     else:
@@ -291,7 +290,15 @@ def _levels_at_once() -> Select[Any]:
     return select(steps.c.queue, steps.c.priority, first).where(steps.c.priority.is_not(None))
 
 
-_DO_NOT_COMPILE = text("SET LOCAL jit = off")
+def _guide(connection: Connection) -> None:
+    """Keep the planner, until the transaction ends, from what would read more than is needed."""
+    if not is_guided(connection):
+        connection.execute(_planning(backend_of(connection)))
+
+
+@cache
+def _planning(backend: Backend) -> Select[Any]:
+    return select(*(func.set_config(name, "off", literal_column("true")) for name in backend.planner))
 
 
 def _levels_by_steps(connection: Connection) -> Iterator[Level]:
@@ -380,6 +387,7 @@ def claim(
     times.
     """
     backend = backend_of(connection)
+    _guide(connection)
     found = {
         "in_queue": level.queue,
         "at_priority": level.priority,
