@@ -14,7 +14,7 @@ from typing import Any
 
 from sqlalchemy.engine import Connection, Row
 
-from . import statements
+from . import bulk, statements
 from .dialects import Encoded
 from .statements import Level, Token
 from .status import Status, check
@@ -205,7 +205,7 @@ def complete_all(
         else:
             kept[token] = result
     values = {"status": Status.COMPLETE, "finished_at": now, **_FREE}
-    if kept and statements.complete_each(connection, kept, values) != len(kept):
+    if kept and bulk.complete_each(connection, kept, values) != len(kept):
         lost.update(each for each in kept if statements.state(connection, each.id) != (each.attempt, Status.COMPLETE))
     values["return_value"] = None
     for attempt, ids in plain.items():
