@@ -1,4 +1,4 @@
-"""Many jobs in one statement: adding them, and keeping their results.
+"""Many jobs in one statement: adding them, completing them, handing them back.
 
 What the rows have in common is bound once. What differs travels as one JSON text, which the database unfolds into rows
 by itself: one parameter for a thousand jobs, where one for each value would cost more than all the rest. `COPY` is no
@@ -8,7 +8,7 @@ faster, since each row repeats what is common, and it works with one driver only
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import lru_cache
 from operator import itemgetter
 from typing import Any, cast
@@ -21,7 +21,7 @@ from .dialects import Backend, Encoded, backend_of
 from .statements import JOBS, NEW, J, Token, spelled
 from .status import Status
 
-__all__ = ["add_many", "complete_each"]
+__all__ = ["add_many", "complete_all", "move_all"]
 
 MOST_ROWS = 5_000  # in one statement
 MOST_TEXT = 1 << 20  # characters in one statement; escaped twice, it stays below every max_allowed_packet
@@ -39,10 +39,8 @@ def add_many(
         return []
     texts = texts or {}
     if not connection.dialect.insert_returning:
-        instead = [dict(zip(texts, map(Encoded, each), strict=True)) for each in zip(*texts.values(), strict=True)]
-        return [
-            _add_one(connection, {**row, **own}) for row, own in zip(rows, instead or [{}] * len(rows), strict=True)
-        ]
+        own = ({name: Encoded(texts[name][at]) for name in texts} for at in range(len(rows)))
+        return [_add_one(connection, {**row, **each}) for row, each in zip(rows, own, strict=True)]
     columns = {
         name: _written(connection, name, [row[name] for row in rows]) for name in _varying(rows) if name not in texts
     }
@@ -81,25 +79,33 @@ def _insert(backend: Backend, shared: tuple[str, ...], varying: tuple[str, ...])
     return insert(JOBS).from_select([*shared, *varying], rows, include_defaults=False).returning(J.id)
 
 
-def complete_each(connection: Connection, results: Mapping[Token, str], values: Mapping[str, Any]) -> int:
+def complete_all(connection: Connection, results: Mapping[Token, str | None], values: Mapping[str, Any]) -> int:
     """Write ``values`` and its own result to the running job of each token; return how many were. Primary key."""
-    columns: list[list[Any]] = [
-        [token.id for token in results],
-        [token.attempt for token in results],
-        list(results.values()),
-    ]
-    statement = _complete(backend_of(connection))
-    done = (connection.execute(statement, {**values, "rows": _dump(chunk)}) for chunk in _chunks(columns))
-    return sum(cast("CursorResult[Any]", each).rowcount for each in done)
+    return _move(connection, ("return_value",), [(*token, result) for token, result in results.items()], values)
 
 
-@lru_cache(maxsize=128)
-def _complete(backend: Backend) -> Update:
-    names = ("id", "attempt", "return_value")
-    _, (job_id, attempt, result) = backend.unfold(bindparam("rows", type_=Text), [J[name].type for name in names])
+def move_all(connection: Connection, tokens: Iterable[Token], values: Mapping[str, Any]) -> int:
+    """Write ``values`` to the running job of each token; return how many were. Primary key."""
+    return _move(connection, (), list(tokens), values)
+
+
+def _move(
+    connection: Connection, own: tuple[str, ...], rows: Sequence[tuple[Any, ...]], values: Mapping[str, Any]
+) -> int:
+    statement = _held(backend_of(connection), own)
+    chunks = _chunks(list(zip(*rows, strict=True)))
+    moved = (connection.execute(statement, {**values, "rows": _dump(chunk)}) for chunk in chunks)
+    return sum(cast("CursorResult[Any]", each).rowcount for each in moved)
+
+
+@lru_cache(maxsize=16)
+def _held(backend: Backend, own: tuple[str, ...]) -> Update:
+    kinds = [J[name].type for name in ("id", "attempt", *own)]
+    _, (job_id, attempt, *values) = backend.unfold(bindparam("rows", type_=Text), kinds)
     # The status is compared in a form that no index holds: found by it, the rows of others would be read, and locked.
     running = func.coalesce(J.status, "") == spelled(Status.RUNNING)
-    return update(JOBS).where(J.id == job_id, J.attempt == attempt, running).values(return_value=result)
+    held = update(JOBS).where(J.id == job_id, J.attempt == attempt, running)
+    return held.values(dict(zip(own, values, strict=True))) if own else held
 
 
 # --- rows as JSON -------------------------------------------------------------------------------------------------
@@ -110,7 +116,8 @@ def _varying(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     first, same = rows[0], list(rows[0])
     while same:
         values = itemgetter(*same)
-        other = next((row for row in rows if row is not first and values(row) != values(first)), None)
+        expected = values(first)
+        other = next((row for row in rows if row is not first and values(row) != expected), None)
         if other is None:
             break
         same = [name for name in same if other[name] == first[name]]
@@ -126,7 +133,7 @@ def _written(connection: Connection, name: str, column: list[Any]) -> Sequence[A
 
 def _chunks(columns: Sequence[Sequence[Any]]) -> Iterator[list[tuple[Any, ...]]]:
     """Yield the rows of ``columns``, as many at a time as one statement should hold."""
-    for start in range(0, len(columns[0]), MOST_ROWS):
+    for start in range(0, len(columns[0]) if columns else 0, MOST_ROWS):
         block = [column[start : start + MOST_ROWS] for column in columns]
         longest = sum(max((len(each) for each in column if isinstance(each, str)), default=0) for column in block)
         step = max(1, MOST_TEXT // max(1, longest))

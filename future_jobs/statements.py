@@ -468,20 +468,6 @@ def _guarded(
     return held.values(dict(computed)) if computed else held
 
 
-def move_all(
-    connection: Connection, ids: Sequence[int], attempt: int, source: Status, values: Mapping[str, Any]
-) -> int:
-    """Write ``values`` to those of ``ids`` that are in ``source`` at ``attempt``; return how many. Primary key."""
-    return _changed(connection, _guarded_all(source), {**values, "_ids": ids, "_attempt": attempt})
-
-
-@cache
-def _guarded_all(source: Status) -> Update:
-    return update(JOBS).where(
-        J.id.in_(bindparam("_ids", expanding=True)), J.attempt == bindparam("_attempt"), _is(source)
-    )
-
-
 def force(connection: Connection, job_id: int, values: Mapping[str, Any]) -> None:
     """Write ``values`` to a job whatever its state. Primary key. For a caller that holds its row locked."""
     connection.execute(update(JOBS).where(J.id == bindparam("_id")).values(**values), {"_id": job_id})

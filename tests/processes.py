@@ -90,6 +90,12 @@ def schedule_and_run(session: Session, count: str) -> list[int]:
     return run_until_nothing_is_due(session)
 
 
+def schedule_many(session: Session, name: str, count: str) -> list[int]:
+    ids = Scheduler(session).schedule_many("1d", "tests.jobs.record", [{"args": [name, n]} for n in range(int(count))])
+    session.commit()
+    return ids
+
+
 def declare(session: Session, now: str, *names: str) -> list[int]:
     """Declare recurring jobs, in one transaction with a letter of this process."""
     from tests.shop import Letter
