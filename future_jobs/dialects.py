@@ -1,8 +1,9 @@
 """What a database can do. The only module that spells a dialect's name.
 
-SQLite, PostgreSQL and MySQL/MariaDB differ in five things that matter here: how a timestamp keeps its
-microseconds, which indexes may be partial, how rows are claimed without waiting, when a transaction
-really begins, and how an error says that trying again may help. `Backend` answers all five.
+SQLite, PostgreSQL and MySQL/MariaDB differ in six things that matter here: how a timestamp keeps its
+microseconds, which indexes may be partial, how rows are claimed without waiting, how one parameter
+holds many rows, when a transaction really begins, and how an error says that trying again may help.
+`Backend` answers all six.
 """
 
 from __future__ import annotations
@@ -324,7 +325,7 @@ MYSQL = Backend(
     unfold=_from_json_table,
     own_clock=True,
     isolation_level="READ COMMITTED",
-    oldest=(8, 0, 1),
+    oldest=(8, 0, 4),  # JSON_TABLE
 )
 _BACKENDS = {"sqlite": SQLITE, "postgresql": POSTGRESQL, "mysql": MYSQL, "mariadb": MYSQL}
 

@@ -8,6 +8,7 @@ from sqlalchemy.exc import DBAPIError, IntegrityError
 from sqlalchemy.orm import Session
 
 from future_jobs import ScheduledJob, Scheduler, bulk
+from future_jobs.errors import UsageError
 from future_jobs.statements import JOBS, Token
 from future_jobs.status import Status
 from tests.jobs import record
@@ -64,6 +65,18 @@ def test_jobs_that_are_all_the_same_are_as_many(session, now, by_sevens, count, 
     assert len(set(ids)) == count
     one = scheduler.schedule("3d", record, **call).id
     assert stored(session, ids) == stored(session, [one] * count)
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"args": [object()]}, {"kwargs": {"k": object()}}, {"args": "a"}, {"kwargs": {1: 2}}, {"priority": 0.5}]
+)
+def test_the_one_call_that_cannot_be_is_named(scheduler, session, wrong):
+    calls = [{"args": [n], "kwargs": {"k": n}} for n in range(450)]
+    calls[431] = wrong
+    with pytest.raises(UsageError) as caught:
+        scheduler.schedule_many("3d", record, calls)
+    assert caught.value.__notes__ == ["in calls[431]"]
+    assert session.scalar(select(func.count()).select_from(ScheduledJob)) == 0
 
 
 def test_large_arguments_are_spread_over_statements(session, scheduler, monkeypatch):
