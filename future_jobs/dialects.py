@@ -282,6 +282,8 @@ class Backend:
     # A JSON array of arrays, bound as one text, as rows to select from: what orders them, and a column for each kind.
     unfold: Callable[[ColumnElement[str], Kinds], Unfolded]
     own_clock: bool  # it has a clock of its own, which judges what is due
+    notifies: bool  # NOTIFY, which waits for the commit
+    compiles: bool  # a plan that it takes for expensive is compiled first (PostgreSQL's jit)
     isolation_level: str | None  # for the library's own transactions
     oldest: tuple[int, ...]  # the oldest version that keeps the promises
 
@@ -304,6 +306,8 @@ SQLITE = Backend(
     recursive_scan=True,
     unfold=_from_json_each,
     own_clock=False,
+    notifies=False,
+    compiles=False,
     isolation_level=None,
     oldest=(3, 35),
 )
@@ -314,6 +318,8 @@ POSTGRESQL = Backend(
     recursive_scan=True,
     unfold=_from_json_array,
     own_clock=True,
+    notifies=True,
+    compiles=True,
     isolation_level="READ COMMITTED",
     oldest=(12,),
 )
@@ -324,6 +330,8 @@ MYSQL = Backend(
     recursive_scan=False,
     unfold=_from_json_table,
     own_clock=True,
+    notifies=False,
+    compiles=False,
     isolation_level="READ COMMITTED",
     oldest=(8, 0, 4),  # JSON_TABLE
 )
@@ -404,6 +412,23 @@ def change_counter(connection: Connection) -> Callable[[], int] | None:
         return found
 
     return read
+
+
+def can_listen(engine: Engine) -> bool:
+    """Tell whether the database sends notifications; raise `NotSupported` if the driver cannot wait for them."""
+    if engine.dialect.name != "postgresql":
+        return False
+    if engine.dialect.driver != "psycopg":
+        raise NotSupported(
+            f"notify=True needs the driver psycopg, and this engine's is {engine.dialect.driver}; use a URL that "
+            "begins with postgresql+psycopg://, or leave out notify"
+        )
+    return True
+
+
+def received(driver: Any) -> bool:
+    """Tell, without waiting, whether a notification has come on a connection of the driver."""
+    return bool(list(driver.notifies(timeout=0)))
 
 
 # --- SQLite: a file that several processes use ---------------------------------------------------------------------

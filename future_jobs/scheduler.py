@@ -121,9 +121,10 @@ class Scheduler(Schedules):
         written unless all of them can be.
         """
         self._prepare()
+        now = self._now()
         drafts: list[dict[str, Any]] = []
         texts: dict[str, list[str]] = {"args": [], "kwargs": []}
-        checked_calls = self._calls(when, callable, calls, options)
+        checked_calls = self._calls(when, callable, calls, options, now=now)
         while some := list(islice(checked_calls, payloads.AT_ONCE)):
             rows, *arguments = zip(*some, strict=True)
             drafts += rows
@@ -138,7 +139,7 @@ class Scheduler(Schedules):
         self.session.flush()
         with self._connection() as connection:
             ids = bulk.add_many(connection, drafts, texts)
-            wakeups.announce(self._own(), connection.engine, min(row["run_at"] for row in drafts))
+            wakeups.announce(self._own(), connection, min(row["run_at"] for row in drafts), now=now)
         if events.wanted("scheduled"):
             for job_id, row in zip(ids, drafts, strict=True):
                 _tell_scheduled(job_id, row)
@@ -220,7 +221,8 @@ class Scheduler(Schedules):
             expires_at = resolve_expiry(expires, run_at=run_at, timezone=self.timezone)
         with self._connection() as connection:
             won = lifecycle.revive(connection, job_id, run_at=run_at, expires_at=expires_at)
-            wakeups.announce(self._own(), connection.engine, run_at)
+            if won:
+                wakeups.announce(self._own(), connection, run_at, now=self._now())
         if won:
             self._refresh(job_id)
             if running := execution.running.get():
@@ -353,9 +355,11 @@ class Scheduler(Schedules):
         given: Callable[..., Any] | str,
         calls: Iterable[Mapping[str, Any]],
         options: Mapping[str, Any],
+        *,
+        now: datetime,
     ) -> Iterator[tuple[dict[str, Any], list[Any], dict[str, Any]]]:
         """Yield the draft and the arguments of each of ``calls``, checked; those without options share one draft."""
-        now, plain = self._now(), None
+        plain = None
         for position, each in enumerate(calls):
             if not isinstance(each, Mapping):
                 raise InvalidArgument(
@@ -391,7 +395,7 @@ class Scheduler(Schedules):
         self.session.flush()
         with self._connection() as connection:
             job = statements.add(self._own(), connection, row)
-            wakeups.announce(self._own(), connection.engine, row["run_at"])
+            wakeups.announce(self._own(), connection, row["run_at"], now=row["created_at"])
         if events.wanted("scheduled"):
             _tell_scheduled(job.id, row)
         return job
