@@ -35,7 +35,7 @@ class Sizes:
 
 QUICK = Sizes(rounds=3, single=200, bulk=10_000, drain=4_000, exact=400, backlog=2_000, rows=50_000)
 QUICK = replace(QUICK, tries=20, idle=3.0)
-SERVER = Sizes(rounds=3, single=300, bulk=20_000, drain=4_000, exact=500, backlog=4_000, rows=200_000)
+SERVER = Sizes(rounds=3, single=300, bulk=100_000, drain=4_000, exact=500, backlog=4_000, rows=200_000)
 SERVER_QUICK = replace(
     SERVER, single=100, bulk=4_000, drain=1_000, exact=200, backlog=1_000, rows=20_000, tries=20, idle=3.0
 )
