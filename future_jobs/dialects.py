@@ -355,7 +355,7 @@ _GUIDED = "future_jobs.guided"  # in a connection's info: its planner was told f
 
 
 def guide_planner(engine: Engine) -> None:
-    """Keep the planner from what `Backend.planner` names, on all connections of ``engine``, which is the library's own."""
+    """Keep the planner from what `Backend.planner` names, on all connections of ``engine``, which is our own."""
     settings = backend_of(engine).planner
 
     def connected(connection: Any, record: Any) -> None:
