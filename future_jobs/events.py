@@ -8,6 +8,7 @@ otherwise ignored: it can break nothing.
 event                 data
 ====================  ==============================================================================================
 ``scheduled``         ``job_id, callable_name, queue, run_at``
+``replaced``          ``job_id, callable_name, queue, run_at`` - a waiting job was given another time and arguments
 ``claimed``           ``job_id, attempt, callable_name, queue, worker``
 ``completed``         ``job_id, attempt, callable_name, queue, seconds``
 ``failed``            ``job_id, attempt, callable_name, queue, seconds, error_type, error``
@@ -45,6 +46,7 @@ logger = logging.getLogger("future_jobs")
 
 EVENTS: Final = (
     "scheduled",
+    "replaced",
     "claimed",
     "completed",
     "failed",
@@ -102,6 +104,7 @@ def wanted(event: str) -> bool:
 # --- the log is one listener --------------------------------------------------------------------------------------
 
 _LINES: Final = {
+    "replaced": (logging.INFO, "job {job_id} replaced, due at {run_at}: {callable_name}"),
     "claimed": (logging.DEBUG, "job {job_id} claimed, attempt {attempt}: {callable_name}"),
     "completed": (logging.INFO, "job {job_id} complete in {seconds:.3f} s: {callable_name}"),
     "failed": (logging.ERROR, "job {job_id} failed, attempt {attempt}: {callable_name}: {error_type}: {error}"),

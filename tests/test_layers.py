@@ -30,6 +30,7 @@ ORDER = (
     "dialects",
     "models",
     "statements",
+    "unique_statements",
     "tick_statements",
     "lifecycle",
     "sessions",

@@ -9,7 +9,7 @@ import pytest
 from sqlalchemy import event, insert, text
 from sqlalchemy.orm import Session
 
-from future_jobs import Scheduler, create_tables
+from future_jobs import Scheduler, create_tables, unique_statements
 from future_jobs import statements as st
 from future_jobs.dialects import backend_of
 from future_jobs.statements import Level
@@ -71,6 +71,7 @@ LOOP = {
     "look for expired": lambda connection: st.is_any_expired(connection, FUTURE, now=NOW),
     "renew": lambda connection: st.renew(connection, "the living", NOW + timedelta(minutes=2)),
     "held by": lambda connection: st.held_by(connection, "the living"),
+    "who has a key": lambda connection: unique_statements.holder(connection, "a key"),
     "leases": lambda connection: st.leases(connection, before=NOW, limit=100),
 }
 
