@@ -83,6 +83,7 @@ class Retried:
 
     failure: Failure
     run_at: datetime
+    problem: str | None = None  # why its own backoff was of no use
     keeps_writes: bool = False
 
 

@@ -193,13 +193,12 @@ def told(ended: Ended) -> str:
     if isinstance(outcome, Completed) and ended.status and outcome.problem is None and not events.wanted("completed"):
         return "completed"  # nobody asks: what a busy loop says most
     data: dict[str, Any] = {"attempt": row.attempt, "seconds": ended.seconds}
+    problem = outcome.problem if isinstance(outcome, Completed | Retried) else None
     match outcome, ended.status:
         case _, None:
             event = "lost"
         case Completed(), _:
             event = "completed"
-            if outcome.problem is not None:
-                tell("result_not_kept", row, **data, reason=outcome.problem)
         case _, Status.CANCELLED:
             event = "cancelled"
             data["reason"] = outcome.reason if isinstance(outcome, Cancelled) else "asked to stop"
@@ -214,6 +213,9 @@ def told(ended: Ended) -> str:
             data["run_at"] = run_at
         case _:
             raise AssertionError(f"{outcome!r} cannot end as {ended.status}")
+    if problem is not None and ended.status is not None:
+        name = "result_not_kept" if isinstance(outcome, Completed) else "backoff_failed"
+        tell(name, row, attempt=row.attempt, reason=problem)
     if events.wanted(event):
         tell(event, row, **data)
     return event

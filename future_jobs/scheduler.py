@@ -15,11 +15,13 @@ from sqlalchemy.orm import Session, scoped_session
 
 from . import events, execution, lifecycle, payloads, statements, unique_statements, wakeups
 from .callables import Allow, Call, describe, permit, permit_classes, plain_arguments
+from .callables import resolve as resolve_callable
 from .dialects import Encoded, begin_before_savepoint, cannot_roll_back, is_autocommit
 from .errors import AlreadyScheduled, InvalidArgument, InvalidOption, UsageError, shown
 from .models import SCHEDULER, RecurringJob, ScheduledJob
 from .options import JobOptions, checked, checked_word, run_options, unique_columns
 from .passes import Pass, RunReport
+from .retries import path_in
 from .schedules import Schedules
 from .sessions import AnySession, InRegistry, JobSession, checked_session, session_maker
 from .status import FINISHED, Status
@@ -192,7 +194,7 @@ class Scheduler(Schedules):
         self._prepare()
         if not isinstance(job, ScheduledJob):
             raise InvalidArgument(f"job is {shown(job)}; pass a ScheduledJob", argument="job", value=job)
-        given = checked(options, {})
+        given = self._checked(options, {})
         run_at = resolve(when, now=job.nominal_at, timezone=self.timezone)
         row = {name: getattr(job, name) for name in _COPIED}
         row |= {name: given[name] for name in ("queue", "priority", "max_attempts", "tags") if name in given}
@@ -372,7 +374,7 @@ class Scheduler(Schedules):
         """
         run_at = resolve(when, now=now, timezone=self.timezone)
         call = describe(given, content_object=options.get("content_object"), check=self.check)
-        chosen = checked(options, call.spec.options)
+        chosen = self._checked(options, call.spec.options)
         expires_at = resolve_expiry(chosen.get("expires", self.expires), run_at=run_at, timezone=self.timezone)
         content_type = content_key = None
         if call.content_object is not None:
@@ -395,6 +397,12 @@ class Scheduler(Schedules):
             **unique_columns(chosen, given=options),
         }
         return call, row, chosen.get("on_conflict", "raise")
+
+    def _checked(self, options: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
+        chosen = checked(options, defaults)
+        if path := path_in(chosen.get("backoff")):
+            resolve_callable(path, self.check)
+        return chosen
 
     def _row(
         self, call: Call, draft: dict[str, Any], args: Sequence[Any], kwargs: Mapping[str, Any] | None
