@@ -154,7 +154,7 @@ class Scheduler(Schedules):
         self.session.flush()
         with self._connection() as connection:
             ids = self._put_many(connection, rows, wishes) if wishes else statements.add_many(connection, rows)
-            wakeups.announce(self._own(), connection.engine, min(row["run_at"] for row in rows))
+            wakeups.announce(self._own(), connection, min(row["run_at"] for row in rows), now=now)
         if not wishes and events.wanted("scheduled"):
             for job_id, row in zip(ids, rows, strict=True):
                 _tell_scheduled(job_id, row)
@@ -266,7 +266,8 @@ class Scheduler(Schedules):
             expires_at = resolve_expiry(expires, run_at=run_at, timezone=self.timezone)
         with self._connection() as connection:
             won = lifecycle.revive(connection, job_id, run_at=run_at, expires_at=expires_at)
-            wakeups.announce(self._own(), connection.engine, run_at)
+            if won:
+                wakeups.announce(self._own(), connection, run_at, now=self._now())
         if won:
             self._refresh(job_id)
             if running := execution.running.get():
@@ -422,7 +423,7 @@ class Scheduler(Schedules):
             if row.get("unique_key") is not None:
                 return self._put(connection, row, on_conflict)
             job = statements.add(self._own(), connection, row)
-            wakeups.announce(self._own(), connection.engine, row["run_at"])
+            wakeups.announce(self._own(), connection, row["run_at"], now=row["created_at"])
         if events.wanted("scheduled"):
             _tell_scheduled(job.id, row)
         return job
@@ -433,7 +434,7 @@ class Scheduler(Schedules):
         if _is_refused(put, on_conflict):
             raise _taken({0: put}, [row], {0: on_conflict})
         if put.is_new or put.is_replaced:
-            wakeups.announce(self._own(), connection.engine, row["run_at"])
+            wakeups.announce(self._own(), connection, row["run_at"], now=row["created_at"])
         if put.is_new:
             job = statements.persistent(self._own(), row, put.known_id)
         else:
