@@ -9,7 +9,7 @@ import pytest
 from sqlalchemy import event, insert, select, text
 from sqlalchemy.orm import Session
 
-from future_jobs import Scheduler, bulk, create_tables
+from future_jobs import Scheduler, bulk, create_tables, unique_statements
 from future_jobs import statements as st
 from future_jobs.dialects import backend_of
 from future_jobs.sources import own_engine
@@ -97,16 +97,18 @@ LOOP = {
     "look for expired": (lambda connection: st.is_any_expired(connection, FUTURE, now=NOW), 20),
     "renew": (lambda connection: st.renew(connection, "the living", NOW + timedelta(minutes=2)), 60),
     "held by": (lambda connection: st.held_by(connection, "the living"), 60),
+    "who has a key": (lambda connection: unique_statements.holder(connection, "a key"), 20),
     "leases": (lambda connection: st.leases(connection, before=NOW, limit=100), 150),
 }
 
 
 RUN = {"status": "complete", "finished_at": NOW, "leased_by": None}
 LOOP |= {
-    "complete": lambda connection: bulk.complete_all(
-        connection, dict.fromkeys(st.held_by(connection, "the living"), "1"), RUN
+    "complete": (
+        lambda connection: bulk.complete_all(connection, dict.fromkeys(st.held_by(connection, "the living"), "1"), RUN),
+        200,
     ),
-    "hand back": lambda connection: bulk.move_all(connection, st.held_by(connection, "the living"), RUN),
+    "hand back": (lambda connection: bulk.move_all(connection, st.held_by(connection, "the living"), RUN), 200),
 }
 
 
