@@ -42,7 +42,7 @@ from .dialects import Backend, Encoded, UTCDateTime, backend_of
 from .models import JobFailure, ScheduledJob
 from .status import Status
 
-__all__ = ["Level", "Token"]
+__all__ = ["Claimed", "Level", "Token"]
 
 JOBS = cast("Table", ScheduledJob.__table__)
 FAILURES = cast("Table", JobFailure.__table__)
@@ -54,6 +54,36 @@ class Token(NamedTuple):
 
     id: int
     attempt: int
+
+
+class Claimed(NamedTuple):
+    """A job as its claim returned it: what a run needs. Times of a row edited by hand may be `Unreadable`."""
+
+    id: int
+    attempt: int
+    callable_name: str
+    args: str
+    kwargs: str
+    content_type: str | None
+    content_key: str | None
+    options: str | None
+    tags: str | None
+    queue: str
+    priority: int
+    run_at: datetime
+    nominal_at: datetime
+    expires_at: datetime | None
+    created_at: datetime
+    max_attempts: int
+    failures: int
+    losses: int
+    snoozes: int
+    recurring_id: int | None
+
+    @property
+    def token(self) -> Token:
+        """The fencing token of the attempt."""
+        return Token(self.id, self.attempt)
 
 
 class Level(NamedTuple):
@@ -80,17 +110,8 @@ ONE_MORE_FAILURE = J.failures + 1
 # A null expiry is "never". A job whose expiry equals now still runs.
 NOT_EXPIRED = or_(J.expires_at.is_(None), J.expires_at >= bindparam("now", type_=UTCDateTime))
 
-_AS_TEXT = {"args", "kwargs", "options", "tags"}  # decoded once, by the room that needs them
-CLAIMED = tuple(
-    type_coerce(column, Text).label(column.name) if column.name in _AS_TEXT else column
-    for column in JOBS.c
-    if column.name
-    in {
-        *_AS_TEXT,
-        *("id", "attempt", "callable_name", "content_type", "content_key", "queue", "priority", "run_at", "nominal_at"),
-        *("expires_at", "max_attempts", "failures", "losses", "snoozes", "created_at", "recurring_id"),
-    }
-)
+AS_TEXT = {"args", "kwargs", "options", "tags"}  # JSON, decoded once, by the room that needs it
+CLAIMED = tuple(type_coerce(J[name], Text).label(name) if name in AS_TEXT else J[name] for name in Claimed._fields)
 
 
 # --- adding -------------------------------------------------------------------------------------------------------
@@ -327,11 +348,12 @@ def claim(
     worker: str,
     leased_until: datetime,
     started_at: datetime | None = None,
-    lost_too: bool = True,
-) -> list[Row[Any]]:
+    most_losses: int = 1 << 30,
+) -> list[Claimed]:
     """Take up to ``limit`` due jobs of ``level`` that come after ``after``, in order of ``(run_at, id)``.
 
-    Rows that another claimer holds are skipped, never waited for. Jobs that were lost before can be left out.
+    Rows that another claimer holds are skipped, never waited for; so are jobs that were lost more than ``most_losses``
+    times.
     """
     backend = backend_of(connection)
     found = {
@@ -340,21 +362,22 @@ def claim(
         "after_at": after[0],
         "after_id": after[1],
         "newest": newest,
+        "most_losses": most_losses,
         "now": now,
         "limit": limit,
     }
     taken = {"worker": worker, "until": leased_until, "started": started_at or now}
     if backend.returning:
-        rows = list(connection.execute(_claim_at_once(backend, lost_too), {**found, **taken}))
+        rows = [*map(Claimed._make, connection.execute(_claim_at_once(backend), {**found, **taken}))]
         return sorted(rows, key=attrgetter("run_at", "id"))  # RETURNING promises no order
-    rows = list(connection.execute(_due_rows(backend, lost_too), found))
+    rows = [*map(Claimed._make, connection.execute(_due_rows(backend), found))]
     if rows:
         connection.execute(_claim_by_id(), {"ids": [row.id for row in rows], **taken})
     return rows
 
 
 @cache
-def _due(backend: Backend, lost_too: bool) -> Select[Any]:
+def _due(backend: Backend) -> Select[Any]:
     # ix_future_jobs_due, or ix_future_jobs_status: equality on queue and priority, a range on run_at, no sort.
     after_at = bindparam("after_at", type_=UTCDateTime)
     due = (
@@ -367,20 +390,20 @@ def _due(backend: Backend, lost_too: bool) -> Select[Any]:
             J.run_at >= after_at,
             or_(J.run_at > after_at, J.id > bindparam("after_id")),
             J.id <= bindparam("newest"),
+            J.losses <= bindparam("most_losses"),
             NOT_EXPIRED,
         )
         .order_by(J.run_at, J.id)
         .limit(bindparam("limit"))
     )
-    due = due if lost_too else due.where(J.losses == 0)
     return due.with_for_update(skip_locked=True) if backend.skip_locked else due
 
 
 @cache
-def _due_rows(backend: Backend, lost_too: bool) -> Select[Any]:
+def _due_rows(backend: Backend) -> Select[Any]:
     # What the rows will hold once `_claim_by_id` has taken them.
     columns = ((J.attempt + 1).label("attempt") if column is J.attempt else column for column in CLAIMED)
-    return _due(backend, lost_too).with_only_columns(*columns)
+    return _due(backend).with_only_columns(*columns)
 
 
 def _taken() -> dict[str, Any]:
@@ -395,13 +418,13 @@ def _taken() -> dict[str, Any]:
 
 
 @cache
-def _claim_at_once(backend: Backend, lost_too: bool) -> Update:
+def _claim_at_once(backend: Backend) -> Update:
     statement = update(JOBS).values(_taken()).returning(*CLAIMED)
     if not backend.skip_locked:
-        return statement.where(J.id.in_(_due(backend, lost_too).correlate(None)))
+        return statement.where(J.id.in_(_due(backend).correlate(None)))
     # The rows are chosen in a CTE that is materialized: joined, or as an IN-subselect, it may be run again for each
     # row, and then takes more than its LIMIT.
-    chosen = _due(backend, lost_too).cte("chosen").prefix_with("MATERIALIZED", dialect=backend.name)
+    chosen = _due(backend).cte("chosen").prefix_with("MATERIALIZED", dialect=backend.name)
     return statement.where(J.id == chosen.c.id)
 
 
