@@ -12,13 +12,13 @@ import os
 import platform
 import subprocess
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 from time import perf_counter, strftime
 
 from benchmarks.peers.protocol import WORKS
 from benchmarks.peers.running import Failed, install, measure
-from benchmarks.peers.systems import REQUIREMENTS, STORES, SYSTEMS
+from benchmarks.peers.systems import REQUIREMENTS, STORES, SYSTEMS, System
 from benchmarks.peers.tables import Measured, broken, table
 
 RESULTS = Path(__file__).parents[1] / "results"
@@ -30,12 +30,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.command == "install":
         return _install(options.only or REQUIREMENTS)
     began = perf_counter()
-    measured = [
-        Measured(each)
-        for each in SYSTEMS
-        if (not options.only or not each.rival or each.adapter in options.only)
-        and (not options.store or each.store in options.store)
-    ]
+    measured = [Measured(each) for each in _chosen(options.only or REQUIREMENTS, options.store or STORES)]
     for turn in range(1 if options.quick else options.rounds):
         for work in options.work or WORKS:
             for each in measured:
@@ -54,8 +49,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.peers", description=__doc__)
     parser.add_argument("command", nargs="?", choices=("run", "install"), default="run")
-    parser.add_argument("--only", action="append", choices=REQUIREMENTS, help="one of these peers, and ours")
-    parser.add_argument("--store", action="append", choices=STORES, help="what is on this one alone")
+    parser.add_argument("--only", action="append", choices=REQUIREMENTS, help="one of these peers, beside ours")
+    parser.add_argument("--store", action="append", choices=STORES, help="the peers on this one, beside ours")
     parser.add_argument("--work", action="append", choices=WORKS, help="one of these alone")
     parser.add_argument("--rounds", type=int, default=3, help="default: 3")
     parser.add_argument("--quick", action="store_true", help="one round of a tenth of the work: for a look")
@@ -73,6 +68,12 @@ def _install(adapters: Iterable[str]) -> int:
             _progress(f"{each}: {error}")
             failed.append(each)
     return 1 if failed else 0
+
+
+def _chosen(adapters: Collection[str], stores: Collection[str]) -> list[System]:
+    peers = [each for each in SYSTEMS if each.adapter in adapters and each.store in stores]
+    rivals = {each.rival for each in peers}
+    return [each for each in SYSTEMS if each in peers or each.name in rivals]
 
 
 def _measure(measured: Measured, work: str, *, share: int) -> None:
