@@ -14,6 +14,7 @@ from sqlalchemy.orm import Session
 from benchmarks import jobs, workers
 from benchmarks.databases import DEFAULT, Place, fresh
 from benchmarks.measure import Result, compared, interleaved, rate
+from benchmarks.pickup import idle, pickup
 from benchmarks.sizes import Sizes
 from future_jobs import Scheduler
 
@@ -254,6 +255,8 @@ CASES: Mapping[str, Callable[[str, Sizes], Iterator[Result]]] = {
     "worker_exact": workers.exact,
     "backlog": backlog,
     "worker_memory": workers.growth,
+    "pickup": pickup,
+    "idle": idle,
     "memory": memory,
     "import": importing,
 }

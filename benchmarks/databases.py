@@ -67,7 +67,7 @@ def fresh(kind: str, *, pragmas: tuple[str, ...] = WAL) -> Iterator[Place]:
 
 
 def engine_on(url: URL, pragmas: tuple[str, ...] = WAL) -> Engine:
-    """Return an engine with its defaults; on SQLite, with these pragmas."""
+    """Return an engine with its defaults; on SQLite, with these pragmas on each connection."""
     engine = create_engine(url)
     if engine.dialect.name == "sqlite":
 

@@ -29,6 +29,7 @@ from sqlalchemy import (
     literal_column,
     or_,
     select,
+    text,
     type_coerce,
     update,
 )
@@ -47,6 +48,9 @@ __all__ = ["Claimed", "Level", "Token"]
 JOBS = cast("Table", ScheduledJob.__table__)
 FAILURES = cast("Table", JobFailure.__table__)
 J = JOBS.c
+
+
+ANY_LOSSES = 1 << 30
 
 
 class Token(NamedTuple):
@@ -241,7 +245,10 @@ def levels(connection: Connection) -> list[Level]:
 
     A loose index scan over (queue, priority): one index look-up a level, however many rows there are.
     """
-    if backend_of(connection).recursive_scan:
+    backend = backend_of(connection)
+    if backend.compiles:  # it believes in 10,000 levels, and compiling for those takes ten times as long as the look
+        connection.execute(_DO_NOT_COMPILE)
+    if backend.recursive_scan:
         found = [Level(*row) for row in connection.execute(_levels_at_once())]
     else:
         found = list(_levels_by_steps(connection))
@@ -282,6 +289,9 @@ def _levels_at_once() -> Select[Any]:
         .scalar_subquery()
     )
     return select(steps.c.queue, steps.c.priority, first).where(steps.c.priority.is_not(None))
+
+
+_DO_NOT_COMPILE = text("SET LOCAL jit = off")
 
 
 def _levels_by_steps(connection: Connection) -> Iterator[Level]:
@@ -327,6 +337,20 @@ def clock(connection: Connection) -> datetime | None:
     return connection.scalar(select(type_coerce(now, UTCDateTime)))
 
 
+def notify(connection: Connection) -> None:
+    """Wake the workers that listen, when the transaction commits; no table."""
+    connection.execute(_NOTIFY)
+
+
+_CHANNEL = "future_jobs"
+_NOTIFY = select(func.pg_notify(_CHANNEL, ""))
+
+
+def listen(connection: Connection) -> None:
+    """Let ``connection`` hear of `notify`; no table."""
+    connection.execute(text(f"LISTEN {_CHANNEL}"))
+
+
 def times_of(connection: Connection, job_id: int) -> Any:
     """Return ``nominal_at`` and ``expires_at`` of a job; None if it does not exist. Primary key."""
     return connection.execute(
@@ -348,7 +372,7 @@ def claim(
     worker: str,
     leased_until: datetime,
     started_at: datetime | None = None,
-    most_losses: int = 1 << 30,
+    most_losses: int = ANY_LOSSES,
 ) -> list[Claimed]:
     """Take up to ``limit`` due jobs of ``level`` that come after ``after``, in order of ``(run_at, id)``.
 
