@@ -23,7 +23,7 @@ class Sizes:
     idle: float = 10.0  # seconds of nothing to do
 
 
-SERVER = Sizes(rounds=3, single=300, bulk=20_000, drain=4_000, exact=500)
+SERVER = Sizes(rounds=3, single=300, drain=4_000, exact=500)
 HURRIED = Sizes(rounds=3, worker=4_000, many=100_000, tries=20, idle=3.0)
 QUICK = replace(HURRIED, single=200, bulk=10_000, drain=4_000, exact=400, backlog=2_000, rows=50_000)
 SERVER_QUICK = replace(HURRIED, single=100, bulk=4_000, drain=1_000, exact=200, backlog=1_000, rows=20_000)

@@ -28,14 +28,14 @@ from sqlalchemy.engine import Connection, Engine
 from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.orm import scoped_session, sessionmaker
 
-from . import events, execution, lifecycle, schema, statements, ticks, wakeups
+from . import events, execution, lifecycle, schema, statements, tick_statements, ticks, wakeups
 from .callables import Allow
 from .claims import Claims, Taken, Wish
 from .crew import Crew, PatientPerformer, opener
 from .dialects import can_listen, is_single_connection
 from .errors import DatabaseBusy, InvalidOption, NotSupported, shown
 from .leases import Leases
-from .lifecycle import Released, Snoozed
+from .lifecycle import Released, Retried, Snoozed
 from .models import SCHEDULER
 from .passes import worker_name
 from .patience import PatientUnits
@@ -147,8 +147,8 @@ class Worker:
             raise crew.runner.problem
         done = crew.outbox.take()
         try:
-            # A job that wrote something may have scheduled more.
-            is_stale = monotonic() >= self._stale_after or any(each.is_written for each in done)
+            waits_again = any(isinstance(each.outcome, Retried | Snoozed) for each in done)
+            is_stale = waits_again or monotonic() >= min(self._stale_after, crew.tick_at)
             put_off = self._rest() if is_stale else 0.0
             if put_off:
                 self._stale_after = 0.0
@@ -206,18 +206,15 @@ class Worker:
         for token in crew.outbox.take_lost():
             self._forget(crew, token)
 
-        if monotonic() >= crew.tick_at:
-            ticks.tick(crew.units, now=now)
-            crew.tick_at = monotonic() + self.poll
-
-        def look(connection: Connection) -> tuple[list[Level], list[Level]]:
+        def look(connection: Connection) -> tuple[list[Level], list[Level], datetime | None]:
             found = crew.claims.levels(connection)
             due = [level for level in found if level.first_at <= now] if monotonic() >= crew.expire_at else []
-            return found, [level for level in due if statements.is_any_expired(connection, level, now=now)]
+            late = [level for level in due if statements.is_any_expired(connection, level, now=now)]
+            return found, late, tick_statements.next_tick(connection)
 
         self._stale_after = monotonic() + LOOK_SECONDS  # what wakes it meanwhile makes it stale again
         began = monotonic()
-        crew.claims.view, late = crew.units.read(look)
+        crew.claims.view, late, next_tick = crew.units.read(look)
         took = monotonic() - began
         self._rested_at = monotonic() + 20 * took
         if began >= crew.expire_at:  # that reads all that is due: seldom, where it takes long
@@ -226,6 +223,18 @@ class Worker:
             for row in crew.units.write(partial(lifecycle.expire, level=level, now=now)):
                 tell("expired", row, run_at=row.run_at, expires_at=row.expires_at)
             crew.expire_at = self._stale_after = 0.0
+        self._recur(crew, next_tick, now)
+
+    def _recur(self, crew: Crew, next_at: datetime | None, now: datetime) -> None:
+        """Make jobs of the recurring jobs that are due, or note when the next is."""
+        if next_at is None:
+            crew.tick_at = math.inf
+        elif next_at > now:
+            crew.tick_at = monotonic() + (next_at - now).total_seconds()
+        elif monotonic() >= crew.tick_at:
+            crew.tick_at = monotonic() + self.poll  # one that cannot go on is not tried at every look
+            ticks.tick(crew.units, now=now)
+            self._stale_after = 0.0
 
     def _prune(self, crew: Crew, retention: timedelta) -> None:
         before = crew.context.time() - retention
@@ -281,6 +290,7 @@ class Worker:
         if self.is_stopping:
             return 0.0
         longest = STALL_SECONDS if any(lane.may_stall for lane in self.lanes.values()) else self.poll
+        longest = min(longest, max(0.0, crew.tick_at - monotonic()))
         if wanted and not claimed:  # others were faster, or hold what is due
             self._misses += 1
             crew.expire_at = self._stale_after = 0.0  # or all of it is too late

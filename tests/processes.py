@@ -90,6 +90,12 @@ def schedule_and_run(session: Session, count: str) -> list[int]:
     return run_until_nothing_is_due(session)
 
 
+def schedule_many(session: Session, name: str, count: str) -> list[int]:
+    ids = Scheduler(session).schedule_many("1d", "tests.jobs.record", [{"args": [name, n]} for n in range(int(count))])
+    session.commit()
+    return ids
+
+
 def enqueue(session: Session, name: str) -> list[int]:
     """Schedule a job for now, of which the workers that listen are notified."""
     notify_workers(session.get_bind())

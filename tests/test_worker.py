@@ -274,6 +274,17 @@ def test_recurring_jobs_are_run_when_their_time_comes(engine, scheduler, session
     assert stage.began == ["hourly"]
 
 
+def test_it_sleeps_until_a_recurring_job_is_due(engine, scheduler, session):
+    scheduler.recurring("hourly", "1h", "tests.workjobs.note")
+    session.execute(update(RecurringJob).values(next_run_at=datetime.now(UTC) + timedelta(minutes=5)))
+    session.commit()
+    worker = Worker(engine, poll="1h")
+    worker.tick()
+    delay = worker.tick()
+    worker.stop()
+    assert 200 < delay <= 300
+
+
 def test_retention_prunes_what_is_complete(engine, scheduler, session, stage):
     scheduler.schedule_many("0s", "tests.workjobs.note", [{} for _ in range(3)])
     scheduler.enqueue("tests.workjobs.fail")
