@@ -143,7 +143,7 @@ class Claims:
             now=now,
             worker=self.worker,
             leased_until=self._lease_end(),
-            most_losses=most_losses,
+            losses=(0, most_losses),
         )
 
     def _without_company(self, connection: Connection, rows: list[Claimed]) -> list[Claimed]:

@@ -13,13 +13,14 @@ from sqlalchemy.engine import Connection, Engine
 
 from . import execution, lifecycle, statements, wakeups
 from .claims import Claims
+from .dialects import is_single_connection
 from .errors import CallableNotFound
 from .leases import Leases
 from .lifecycle import Released, Snoozed
 from .patience import PatientUnits
 from .performing import Ended, Performer
 from .runners import Outbox, Runner
-from .sessions import JobSession
+from .sessions import JobSession, Kept
 from .statements import Claimed
 from .status import Status
 from .times import utc_now
@@ -101,11 +102,15 @@ class PatientPerformer(Performer):
         return ended
 
 
-def opener(make: Callable[[], Any], engine: Engine, info: dict[str, Any]) -> Callable[[Claimed], JobSession]:
+def opener(
+    make: Callable[[], Any], engine: Engine, info: dict[str, Any], kept: Kept
+) -> Callable[[Claimed], JobSession]:
     """Return what opens the Session of a job on ``engine``, with ``info`` for who asks for it."""
+    lend = Engine.connect if is_single_connection(engine) else kept.lend
 
     def open_session(row: Claimed) -> JobSession:
         joined = row.options is None or '"transaction":"own"' not in row.options
-        return JobSession(make, engine, hold=partial(statements.hold, token=row.token), joined=joined, info=info)
+        hold = partial(statements.hold, token=row.token)
+        return JobSession(make, engine, hold=hold, joined=joined, info=info, lend=lend)
 
     return open_session

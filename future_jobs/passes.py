@@ -229,7 +229,7 @@ class Pass:
             worker=self.worker,
             leased_until=self._lease_end(),
             started_at=self._time(),
-            most_losses=statements.ANY_LOSSES if place.is_of_lost else 0,
+            losses=(1, statements.ANY_LOSSES) if place.is_of_lost else (0, 0),
         )
 
     # --- running

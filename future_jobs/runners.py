@@ -90,23 +90,32 @@ class Here:
 class InThreads:
     """Runs them by an executor of this process."""
 
-    def __init__(self, perform: Perform, outbox: Outbox, executor: Executor, *, is_own: bool) -> None:
+    def __init__(
+        self, perform: Perform, outbox: Outbox, executor: Executor, *, is_own: bool, rest: Callable[[], None]
+    ) -> None:
         self.problem: BaseException | None = None
         self._perform = perform
         self._outbox = outbox
         self._executor = executor
         self._is_own = is_own
+        self._rest = rest  # what a thread does when nothing waits any more
 
     def start(self, lane: Lane) -> None:
         """Put free slots of ``lane`` to work."""
         for _ in range(lane.hire()):
-            slot = self._executor.submit(serve, lane, self._perform, self._outbox)
+            slot = self._executor.submit(self._serve, lane)
             slot.add_done_callback(partial(self._note_problem, lane))
 
     def stop(self) -> None:
         """End the threads, each after the job that it runs, if they are not somebody else's."""
         if self._is_own:
             self._executor.shutdown(wait=False)
+
+    def _serve(self, lane: Lane) -> None:
+        try:
+            serve(lane, self._perform, self._outbox)
+        finally:
+            self._rest()
 
     def _note_problem(self, lane: Lane, slot: Future[None]) -> None:
         if slot.cancelled() or (problem := slot.exception()) is None:

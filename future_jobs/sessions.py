@@ -9,8 +9,9 @@ from a later rollback, and it works in SAVEPOINTs. Most handlers never commit, a
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from contextlib import ExitStack, suppress
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from functools import partial
 from typing import Any
 
@@ -20,7 +21,7 @@ from sqlalchemy.orm import Session, scoped_session
 from .dialects import begin_lazily, has_written, job_transaction, keeps_snapshot
 from .errors import InvalidArgument, NotSupported, shown
 
-__all__ = ["AnySession", "InRegistry", "JobSession", "checked_session", "session_maker"]
+__all__ = ["AnySession", "InRegistry", "JobSession", "Kept", "checked_session", "session_maker"]
 
 AnySession = Session | scoped_session[Any]
 
@@ -76,7 +77,9 @@ class JobSession:
         hold: Callable[[Connection], object],
         joined: bool = True,
         info: Mapping[str, Any] | None = None,
+        lend: Callable[[Engine], AbstractContextManager[Connection]] = Engine.connect,
     ) -> None:
+        self._lend = lend
         self._make = make
         self._bind = bind
         self._hold = hold
@@ -173,7 +176,7 @@ class JobSession:
         if self._connection is None:
             assert self._open is not None
             if isinstance(self._bind, Engine):
-                self._connection = self._open.enter_context(self._bind.connect())
+                self._connection = self._open.enter_context(self._lend(self._bind))
             else:
                 self._connection = self._bind
             self._open.enter_context(job_transaction(self._connection))
@@ -193,6 +196,37 @@ class JobSession:
 
 def _engine(bind: Engine | Connection) -> Engine:
     return bind if isinstance(bind, Engine) else bind.engine
+
+
+class Kept(threading.local):
+    """The connection of a thread, kept from one job to the next.
+
+    Giving it back in between costs a round trip on some databases, since the pool rolls back what nobody has begun.
+    """
+
+    _connection: Connection | None = None
+
+    @contextmanager
+    def lend(self, engine: Engine) -> Iterator[Connection]:
+        """Lend a connection for one job; it is kept afterwards unless the job left something behind on it."""
+        connection, self._connection = self._connection, None
+        if connection is None:
+            connection = engine.connect()
+        options = connection.get_execution_options()
+        try:
+            yield connection
+            is_clean = not (connection.closed or connection.invalidated or connection.in_transaction())
+            if is_clean and connection.get_execution_options() is options:
+                self._connection = connection
+        finally:
+            if self._connection is None:
+                connection.close()
+
+    def give_back(self) -> None:
+        """Give it back to its pool."""
+        connection, self._connection = self._connection, None
+        if connection is not None:
+            connection.close()
 
 
 class InRegistry:

@@ -330,12 +330,12 @@ def claim(
     worker: str,
     leased_until: datetime,
     started_at: datetime | None = None,
-    most_losses: int = ANY_LOSSES,
+    losses: tuple[int, int] = (0, ANY_LOSSES),
 ) -> list[Claimed]:
     """Take up to ``limit`` due jobs of ``level`` that come after ``after``, in order of ``(run_at, id)``.
 
-    Rows that another claimer holds are skipped, never waited for; so are jobs that were lost more than ``most_losses``
-    times.
+    Rows that another claimer holds are skipped, never waited for; so are jobs that were lost less or more often than
+    ``losses`` says.
     """
     backend = backend_of(connection)
     _guide(connection)
@@ -345,7 +345,8 @@ def claim(
         "after_at": after[0],
         "after_id": after[1],
         "newest": newest,
-        "most_losses": most_losses,
+        "least_losses": losses[0],
+        "most_losses": losses[1],
         "now": now,
         "limit": limit,
     }
@@ -373,7 +374,7 @@ def _due(backend: Backend) -> Select[Any]:
             J.run_at >= after_at,
             or_(J.run_at > after_at, J.id > bindparam("after_id")),
             J.id <= bindparam("newest"),
-            J.losses <= bindparam("most_losses"),
+            J.losses.between(bindparam("least_losses"), bindparam("most_losses")),
             NOT_EXPIRED,
         )
         .order_by(J.run_at, J.id)

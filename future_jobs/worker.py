@@ -42,7 +42,7 @@ from .patience import PatientUnits
 from .performing import Ended, tell, told
 from .runners import Here, InThreads, Outbox, Runner
 from .scheduler import Scheduler
-from .sessions import InRegistry
+from .sessions import InRegistry, Kept
 from .slots import STALL_SECONDS, Threads, lanes_of
 from .sources import opened, own_engine, refuse_small_pool, seconds_of
 from .statements import Claimed, Level, Token
@@ -347,9 +347,9 @@ class Worker:
             return context.time()  # which is set anew from time to time
 
         make = self._make.session_factory if isinstance(self._make, scoped_session) else self._make
-        performer = PatientPerformer(
-            units, opener(make, self.engine, {SCHEDULER: self.scheduler}), context, worker=name
-        )
+        kept = Kept()
+        open_session = opener(make, self.engine, {SCHEDULER: self.scheduler}, kept)
+        performer = PatientPerformer(units, open_session, context, worker=name)
         outbox = Outbox(partial(self._alarm.ring, ACK_SECONDS))
         leases = Leases(units, name, self.lease, time=now, held=self._tokens)
         crew = Crew(
@@ -360,7 +360,7 @@ class Worker:
             leases=leases,
             watch=wakeups.watch(engine, self._wake, notify=self.notify),
             claims=Claims(self.lanes, worker=name, time=now, lease_end=leases.end),
-            runner=self._runner(performer, outbox, alone=alone),
+            runner=self._runner(performer, outbox, kept),
             outbox=outbox,
         )
         crew.measure()
@@ -370,11 +370,13 @@ class Worker:
             crew.watch.start()
         return crew
 
-    def _runner(self, performer: PatientPerformer, outbox: Outbox, *, alone: bool) -> Runner:
-        if alone:
+    def _runner(self, performer: PatientPerformer, outbox: Outbox, kept: Kept) -> Runner:
+        if performer.units.is_alone:
             return Here(performer.perform, outbox)
         own = None if self._given_executor else Threads(sum(self.queues.values()), name="future_jobs")
-        return InThreads(performer.perform, outbox, own or self._given_executor, is_own=own is not None)  # type: ignore[arg-type]
+        executor = own or self._given_executor
+        assert executor is not None
+        return InThreads(performer.perform, outbox, executor, is_own=own is not None, rest=kept.give_back)
 
     def _tokens(self) -> set[Token]:
         return set(self._held.copy())

@@ -72,7 +72,7 @@ def analyze(engine):
         connection.execute(text(f"ANALYZE {'TABLE ' if engine.dialect.name == 'mysql' else ''}{TABLE}"))
 
 
-def claimed(connection, level, *, worker="me", limit=100, most_losses=9):
+def claimed(connection, level, *, worker="me", limit=100, losses=(0, 9)):
     return st.claim(
         connection,
         level,
@@ -82,7 +82,7 @@ def claimed(connection, level, *, worker="me", limit=100, most_losses=9):
         now=NOW,
         worker=worker,
         leased_until=NOW - timedelta(minutes=1) if worker == "the dead" else NOW + timedelta(minutes=1),
-        most_losses=most_losses,
+        losses=losses,
     )
 
 
@@ -92,7 +92,7 @@ LEVELS = QUEUES * PRIORITIES + 1
 LOOP = {
     "levels": (st.levels, 20 * LEVELS),
     "claim": (lambda connection: claimed(connection, DUE), 60),
-    "claim ahead": (lambda connection: claimed(connection, DUE, most_losses=0), 60),
+    "claim ahead": (lambda connection: claimed(connection, DUE, losses=(0, 0)), 60),
     "claim where nothing is due": (lambda connection: claimed(connection, FUTURE._replace(first_at=NOW)), 20),
     "look for expired": (lambda connection: st.is_any_expired(connection, FUTURE, now=NOW), 20),
     "renew": (lambda connection: st.renew(connection, "the living", NOW + timedelta(minutes=2)), 60),
