@@ -114,11 +114,20 @@ _FREE: Mapping[str, Any] = {"leased_by": None, "leased_until": None}
 
 
 def settle(
-    connection: Connection, token: Token, outcome: Outcome, *, now: datetime, worker: str, delete: bool = False
+    connection: Connection,
+    token: Token,
+    outcome: Outcome,
+    *,
+    now: datetime,
+    worker: str,
+    delete: bool = False,
+    again: bool = False,
 ) -> Status | None:
     """Write how the attempt ended; return the state the job is in now, or None if the attempt no longer held it.
 
-    ``delete`` removes a job that completed instead of keeping it.
+    ``delete`` removes a job that completed instead of keeping it. ``again`` says that this very unit was tried before,
+    so that a job which is already where it should go was put there by a commit whose reply was lost. What shares a
+    transaction with a handler's writes never says so: an attempt that is run twice would write twice.
     """
     target, values, failure = _written(outcome, now)
     if failure is not None:
@@ -128,8 +137,7 @@ def settle(
         return target if statements.remove(connection, token) else None
     if not _move(connection, token, target, values):
         if target is not Status.SCHEDULED or not deliver_cancel(connection, token, now=now):
-            # An unknown commit outcome is resolved here: only this attempt can have put the job where it is.
-            return target if statements.state(connection, token.id) == (token.attempt, target) else None
+            return target if again and statements.state(connection, token.id) == (token.attempt, target) else None
         target = Status.CANCELLED
     if failure is not None:
         statements.add_failure(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from itertools import count
 from time import monotonic
 from typing import Any, NamedTuple
 
@@ -150,9 +151,11 @@ class Performer:
         """Write an outcome by itself; with fewer words, if the database refuses those of the failure."""
         token = Token(row.id, row.attempt)
         for words in _fewer_words(outcome):
+            tries = count()
 
-            def settle(connection: Connection, words: Outcome = words) -> Status | None:
-                return lifecycle.settle(connection, token, words, now=self.context.time(), worker=self.worker)
+            def settle(connection: Connection, words: Outcome = words, tries: Iterator[int] = tries) -> Status | None:
+                now, again = self.context.time(), next(tries) > 0
+                return lifecycle.settle(connection, token, words, now=now, worker=self.worker, again=again)
 
             try:
                 return self.units.write(settle)
