@@ -233,17 +233,24 @@ class Backend:
     json_rows: bool  # INSERT ... SELECT ... FROM json_each(:rows) is the fastest bulk insert
     own_clock: bool  # it has a clock of its own, which judges what is due
     isolation_level: str | None  # for the library's own transactions
+    level_by_statement: bool  # it is told for each, by one statement; by the session's setting it would be four
     oldest: tuple[int, ...]  # the oldest version that keeps the promises
 
-    def begin(self, connection: Connection) -> None:
-        """Begin one of the library's own transactions.
+    def isolated(self, connection: Connection) -> Connection:
+        """Return ``connection``, at the level of the library's own transactions where telling it costs nothing."""
+        if self.isolation_level is None or self.level_by_statement:
+            return connection
+        return connection.execution_options(isolation_level=self.isolation_level)
 
-        On SQLite the write lock is taken first, so that the busy timeout applies: a transaction that reads first
-        and then writes fails at once when another process wrote in between, however long the timeout.
+    def begin(self, connection: Connection, *, writing: bool) -> None:
+        """Make the transaction that has just begun one of the library's own.
+
+        On SQLite one that writes takes the write lock first, so that the busy timeout applies: a transaction that reads
+        first and then writes fails at once when another process wrote in between, however long the timeout.
         """
-        if not connection.in_transaction():
-            connection.begin()
-        if self.name == "sqlite":
+        if self.level_by_statement:
+            connection.exec_driver_sql(f"SET TRANSACTION ISOLATION LEVEL {self.isolation_level}")
+        if writing and self.name == "sqlite":
             take_write_lock(connection)
 
 
@@ -255,6 +262,7 @@ SQLITE = Backend(
     json_rows=True,
     own_clock=False,
     isolation_level=None,
+    level_by_statement=False,
     oldest=(3, 35),
 )
 POSTGRESQL = Backend(
@@ -265,6 +273,7 @@ POSTGRESQL = Backend(
     json_rows=False,
     own_clock=True,
     isolation_level="READ COMMITTED",
+    level_by_statement=False,
     oldest=(12,),
 )
 MYSQL = Backend(
@@ -275,6 +284,7 @@ MYSQL = Backend(
     json_rows=False,
     own_clock=True,
     isolation_level="READ COMMITTED",
+    level_by_statement=True,
     oldest=(8, 0, 1),
 )
 _BACKENDS = {"sqlite": SQLITE, "postgresql": POSTGRESQL, "mysql": MYSQL, "mariadb": MYSQL}
