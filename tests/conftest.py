@@ -10,6 +10,12 @@ from future_jobs import Scheduler, create_tables
 from tests import databases, jobs, shop
 
 
+def pytest_addoption(parser):
+    group = parser.getgroup("crash lab")
+    group.addoption("--crash-long", action="store_true", help="make the long run of each test in tests/crash")
+    group.addoption("--crash-seed", type=int, help="what its random moments are made from; a failure shows it")
+
+
 def _kinds(kinds):
     return [pytest.param(kind, id=kind) for kind in kinds]
 
