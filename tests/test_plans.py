@@ -70,7 +70,6 @@ LOOP = {
     "claim where nothing is due": lambda connection: claimed(connection, FUTURE._replace(first_at=NOW)),
     "look for expired": lambda connection: st.is_any_expired(connection, FUTURE, now=NOW),
     "renew": lambda connection: st.renew(connection, "the living", NOW + timedelta(minutes=2)),
-    "held by": lambda connection: st.held_by(connection, "the living"),
     "leases": lambda connection: st.leases(connection, before=NOW, limit=100),
 }
 
