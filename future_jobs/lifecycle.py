@@ -262,9 +262,9 @@ def rescue(
 ) -> list[tuple[Row[Any], Status]]:
     """Take back jobs whose worker has not renewed its lease for ``grace`` after it ended.
 
-    Each has lost one attempt and waits again, from ``delay`` after ``now`` if that is given; after `MAX_LOSSES` it is
-    ``failed``. Only leases in ``watched``, if that is given. Returns the rows as they were and the state they
-    are in now.
+    Each has lost one attempt and waits again: in its old place, ahead of what became due meanwhile; one that was lost
+    before from ``delay`` after ``now``. After `MAX_LOSSES` it is ``failed``. Only leases in ``watched``, if that is
+    given. Returns the rows as they were and the state they are in now.
     """
     taken = []
     for row in statements.abandoned(connection, before=now - grace, limit=SWEEP):
@@ -281,7 +281,7 @@ def rescue(
         values = {"status": target, "losses": statements.J.losses + 1, "error": lost.traceback, **_FREE}
         if target is Status.FAILED:
             values["finished_at"] = now
-        elif delay:
+        elif delay and row.losses:
             values["run_at"] = now + delay
         if statements.move(connection, token, Status.RUNNING, values, same):
             statements.add_failure(

@@ -485,7 +485,18 @@ def test_a_job_of_the_dead_is_taken_back_once_its_lease_stayed_unchanged(paralle
         stage.wait_for(lambda: stage.ended)
     session.refresh(deserted)
     assert (deserted.status, deserted.attempt, deserted.losses) == ("complete", 2, 1)
+    assert deserted.run_at == deserted.nominal_at  # it kept its place
     assert [data["worker"] for name, data in heard if name == "rescued"] == ["the dead"]
+
+
+def test_a_job_that_was_lost_before_is_tried_a_little_later(parallel, session, stage, deserted):
+    session.execute(update(ScheduledJob).values(losses=1))
+    session.commit()
+    with Worker(parallel, lease=timedelta(seconds=0.2), poll=timedelta(seconds=0.1)).background():
+        stage.wait_for(lambda: stage.ended)
+    session.refresh(deserted)
+    assert deserted.losses == 2
+    assert deserted.run_at > deserted.nominal_at
 
 
 def test_a_lease_that_moves_is_left_alone(parallel, session, deserted):

@@ -8,10 +8,10 @@ doubled   more than one attempt committed its effect
 stale     an attempt that no longer held the job wrote an effect, or its completion
 stuck     from the death of the worker that held it to its next start, in leases
 
-SQLite has one lock for everybody. A process that is stopped while it writes, or in the middle of reading where there is
-no write-ahead log, stops all others for as long, and no lease helps, since these are renewed by writing. So nobody is
-put to sleep there: `Lab.pause` looks whether the whole file can be had while the process is stopped, and lets it go on
-at once, to try again, where it cannot. A process that is killed gives its locks back.
+SQLite has one write lock for everybody. A process that is stopped while it has it stops all others for as long, and no
+lease helps, since these are renewed by writing. So nobody is put to sleep there: `Lab.pause` looks whether the lock can
+be had while the process is stopped, and lets it go on at once, to try again, where it cannot. A process that is killed
+gives its locks back.
 """
 
 from __future__ import annotations
@@ -27,14 +27,16 @@ import threading
 from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, field
+from datetime import timedelta
 from pathlib import Path
+from statistics import median
 from time import monotonic, sleep
 
 from sqlalchemy import create_engine, func, make_url, select, text
 from sqlalchemy.exc import OperationalError
 from sqlalchemy.orm import Session
 
-from future_jobs import JobFailure, ScheduledJob, Scheduler, Status
+from future_jobs import JobFailure, ScheduledJob, Scheduler, Status, configure_sqlite
 from tests.crash import ledger
 from tests.crash.ledger import Effect
 
@@ -87,14 +89,17 @@ class Verdict:
     lost: list[int]
     doubled: list[int]
     stale: int
-    stuck: float
-    waits: int  # how many starts that is the longest of
+    waits: list[float]  # from the death of a worker to the next start of what it held, in leases
     losses: int
     refused: int  # finishes of attempts that no longer held their job
     seconds: float
     stall: (
         float  # for how long, at most, the machine let a thread of the lab wait that had nothing to do but to wake up
     )
+
+    @property
+    def stuck(self) -> float:
+        return max(self.waits, default=0.0)
 
     def check(self, *, lease: float, is_long: bool) -> None:
         assert (self.lost, self.doubled, self.stale) == ([], [], 0), self
@@ -104,7 +109,9 @@ class Verdict:
         found = (
             f"{self.strikes} strikes, {self.jobs} jobs",
             f"{len(self.lost)} lost, {len(self.doubled)} doubled, {self.stale} stale finishes ({self.refused} refused)",
-            f"{self.losses} attempts lost their worker, the longest of {self.waits} waits was {self.stuck:.2f} leases",
+            f"{self.losses} attempts lost their worker",
+            f"{len(self.waits)} waits, half of them under {median(self.waits or [0]):.2f} leases",
+            f"{sum(wait > STUCK for wait in self.waits)} over {STUCK}, the longest {self.stuck:.2f}",
             f"{self.seconds:.0f} s, and the machine stood still for up to {self.stall:.2f} s",
         )
         return "; ".join(found)
@@ -128,8 +135,7 @@ class Lab:
         self._stall = 0.0
         self._over = threading.Event()
         threading.Thread(target=self._feel, name="canary", daemon=True).start()
-        patience = {"timeout": PATIENCE} if url.startswith("sqlite") else {}
-        self._engine = create_engine(url, pool_pre_ping=True, connect_args=patience)
+        self._engine = configure_sqlite(create_engine(url, pool_pre_ping=True), timeout=timedelta(seconds=PATIENCE))
         ledger.Base.metadata.create_all(self._engine)
         self._nursery = subprocess.Popen(
             [sys.executable, "-m", "tests.crash.processes", self._worker_url],
@@ -391,7 +397,6 @@ class Lab:
         stale = sum(effect.attempt != jobs[effect.job_id].attempt for effect in effects)
         stale += sum(row.return_value != row.attempt for row in jobs.values() if row.status == Status.COMPLETE)
         notes = list(self.notes())
-        waits = list(self._waits(losses, notes))
         return Verdict(
             strikes=self.strikes,
             stall=self._stall,
@@ -399,8 +404,7 @@ class Lab:
             lost=lost,
             doubled=[job_id for job_id, times in count.items() if times > 1],
             stale=stale,
-            stuck=max(waits, default=0.0),
-            waits=len(waits),
+            waits=list(self._waits(losses, notes)),
             losses=len(losses),
             refused=sum(each.what == "lost" for each in notes),
             seconds=monotonic() - self.began,

@@ -19,7 +19,7 @@ from pathlib import Path
 
 from sqlalchemy import create_engine, update
 
-from future_jobs import Worker, events, statements, times
+from future_jobs import Worker, configure_sqlite, events, statements, times
 from future_jobs.statements import JOBS, J
 from tests.crash import ledger
 
@@ -58,7 +58,7 @@ def work(spec: dict) -> None:
     elif spec["clock"]:
         shift(spec["clock"])
     worker = Worker(
-        spec["url"],
+        configure_sqlite(create_engine(spec["url"])),
         queues={"default": spec["slots"]},
         lease=timedelta(seconds=spec["lease"]),
         poll=timedelta(seconds=spec["poll"]),
