@@ -317,6 +317,12 @@ class Lab:
     def noted(self, what: str, job_id: int, attempt: int = 0) -> bool:
         return any((each.what, each.job_id, each.attempt) == (what, job_id, attempt) for each in self.notes())
 
+    def runner(self, job_id: int, attempt: int) -> Process:
+        """Return the worker that runs an attempt."""
+        [pid] = {note.pid for note in self.notes() if (note.job_id, note.attempt) == (job_id, attempt)}
+        [found] = [worker for worker in self.workers if worker.pid == pid]
+        return found
+
     def check_all_lived(self) -> None:
         assert not self.dead, self._scene()
 
