@@ -1,21 +1,36 @@
 """What a database can do. The only module that spells a dialect's name.
 
-SQLite, PostgreSQL and MySQL/MariaDB differ in five things that matter here: how a timestamp keeps its
-microseconds, which indexes may be partial, how rows are claimed without waiting, when a transaction
-really begins, and how an error says that trying again may help. `Backend` answers all five.
+SQLite, PostgreSQL and MySQL/MariaDB differ in six things that matter here: how a timestamp keeps its
+microseconds, which indexes may be partial, how rows are claimed without waiting, how one parameter
+holds many rows, when a transaction really begins, and how an error says that trying again may help.
+`Backend` answers all six.
 """
 
 from __future__ import annotations
 
 import json
 import sqlite3
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
-from sqlalchemy import BigInteger, DateTime, Index, Integer, Text, event, text
+from sqlalchemy import (
+    JSON,
+    BigInteger,
+    ColumnElement,
+    DateTime,
+    Index,
+    Integer,
+    String,
+    Text,
+    cast,
+    event,
+    func,
+    literal_column,
+    text,
+)
 from sqlalchemy.dialects import mysql, postgresql
 from sqlalchemy.engine import Connection, Dialect, Engine, Transaction
 from sqlalchemy.exc import DBAPIError, OperationalError
@@ -38,6 +53,8 @@ __all__ = [
     "begin_before_savepoint",
     "claim_indexes",
     "configure_sqlite",
+    "guide_planner",
+    "is_guided",
     "job_transaction",
     "partial_index",
 ]
@@ -222,6 +239,40 @@ def claim_indexes() -> tuple[Index, ...]:
     )
 
 
+# --- many rows in one parameter -------------------------------------------------------------------------------------
+
+Kinds = Sequence[TypeEngine[Any]]
+Unfolded = tuple[ColumnElement[int], list[ColumnElement[Any]]]
+
+
+def _from_json_each(rows: ColumnElement[str], kinds: Kinds) -> Unfolded:
+    row = func.json_each(rows).table_valued("key", "value", name="item").c
+    return row.key, [func.json_extract(row.value, literal_column(f"'$[{at}]'")) for at in range(len(kinds))]
+
+
+def _from_json_array(rows: ColumnElement[str], kinds: Kinds) -> Unfolded:
+    item = func.json_array_elements(cast(rows, JSON)).table_valued("value", with_ordinality="key", name="item")
+    row = item.render_derived().c
+    texts = [row.value.op("->>", return_type=Text())(literal_column(str(at))) for at in range(len(kinds))]
+    # A text is not cast: VARCHAR(n) would cut what is too long, where the column refuses it.
+    return row.key, [each if _is_text(kind) else cast(each, kind) for each, kind in zip(texts, kinds, strict=True)]
+
+
+def _from_json_table(rows: ColumnElement[str], kinds: Kinds) -> Unfolded:
+    # A number has to be one here, or a comparison with it would use no index. Times are read from text by their column.
+    declared = ", ".join(
+        f"c{at} {'BIGINT' if isinstance(kind, Integer) else 'LONGTEXT CHARACTER SET utf8mb4'} PATH '$[{at}]'"
+        for at, kind in enumerate(kinds)
+    )
+    columns: ColumnElement[str] = literal_column(f"'$[*]' COLUMNS (nth FOR ORDINALITY, {declared})")
+    row = func.json_table(rows, columns).table_valued("nth", *(f"c{at}" for at in range(len(kinds))), name="item").c
+    return row.nth, [row[f"c{at}"] for at in range(len(kinds))]
+
+
+def _is_text(kind: TypeEngine[Any]) -> bool:
+    return isinstance(getattr(kind, "impl", kind), String)
+
+
 @dataclass(frozen=True, slots=True)
 class Backend:
     """What one database can do."""
@@ -230,8 +281,11 @@ class Backend:
     returning: bool  # UPDATE ... RETURNING
     skip_locked: bool  # SELECT ... FOR UPDATE SKIP LOCKED
     recursive_scan: bool  # a recursive CTE may step through an index; MariaDB reads the whole of it instead
-    json_rows: bool  # INSERT ... SELECT ... FROM json_each(:rows) is the fastest bulk insert
+    # A JSON array of arrays, bound as one text, as rows to select from: what orders them, and a column for each kind.
+    unfold: Callable[[ColumnElement[str], Kinds], Unfolded]
     own_clock: bool  # it has a clock of its own, which judges what is due
+    notifies: bool  # NOTIFY, which waits for the commit
+    planner: tuple[str, ...]  # what its planner must be kept from, to read no more than a claim needs
     isolation_level: str | None  # for the library's own transactions
     level_by_statement: bool  # it is told for each, by one statement; by the session's setting it would be four
     oldest: tuple[int, ...]  # the oldest version that keeps the promises
@@ -259,8 +313,10 @@ SQLITE = Backend(
     returning=True,
     skip_locked=False,
     recursive_scan=True,
-    json_rows=True,
+    unfold=_from_json_each,
     own_clock=False,
+    notifies=False,
+    planner=(),
     isolation_level=None,
     level_by_statement=False,
     oldest=(3, 35),
@@ -270,8 +326,12 @@ POSTGRESQL = Backend(
     returning=True,
     skip_locked=True,
     recursive_scan=True,
-    json_rows=False,
+    unfold=_from_json_array,
     own_clock=True,
+    notifies=True,
+    # With old statistics it believes in few rows that are due, and reads and sorts all of them for a hundred; and it
+    # compiles the look for levels, which takes ten times as long as the look.
+    planner=("enable_sort", "enable_bitmapscan", "jit"),
     isolation_level="READ COMMITTED",
     level_by_statement=False,
     oldest=(12,),
@@ -281,11 +341,13 @@ MYSQL = Backend(
     returning=False,
     skip_locked=True,
     recursive_scan=False,
-    json_rows=False,
+    unfold=_from_json_table,
     own_clock=True,
+    notifies=False,
+    planner=(),
     isolation_level="READ COMMITTED",
     level_by_statement=True,
-    oldest=(8, 0, 1),
+    oldest=(8, 0, 4),  # JSON_TABLE
 )
 _BACKENDS = {"sqlite": SQLITE, "postgresql": POSTGRESQL, "mysql": MYSQL, "mariadb": MYSQL}
 
@@ -297,6 +359,29 @@ def backend_of(bind: Engine | Connection | Dialect) -> Backend:
         return _BACKENDS[name]
     except KeyError:
         raise NotSupported(f"{name} is not supported; use SQLite, PostgreSQL, MySQL or MariaDB") from None
+
+
+_GUIDED = "future_jobs.guided"  # in a connection's info: its planner was told for good
+
+
+def guide_planner(engine: Engine) -> None:
+    """Keep the planner from what `Backend.planner` names, on all connections of ``engine``, which is our own."""
+    settings = backend_of(engine).planner
+
+    def connected(connection: Any, record: Any) -> None:
+        with connection.cursor() as cursor:
+            for name in settings:
+                cursor.execute(f"SET {name} = off")
+        connection.commit()
+        record.info[_GUIDED] = True
+
+    if settings:
+        event.listen(engine, "connect", connected)
+
+
+def is_guided(connection: Connection) -> bool:
+    """Tell whether the planner of ``connection`` needs not be told."""
+    return not backend_of(connection).planner or _GUIDED in connection.info
 
 
 def check_version(connection: Connection) -> None:
@@ -364,6 +449,23 @@ def change_counter(connection: Connection) -> Callable[[], int] | None:
         return found
 
     return read
+
+
+def can_listen(engine: Engine) -> bool:
+    """Tell whether the database sends notifications; raise `NotSupported` if the driver cannot wait for them."""
+    if engine.dialect.name != "postgresql":
+        return False
+    if engine.dialect.driver != "psycopg":
+        raise NotSupported(
+            f"notify=True needs the driver psycopg, and this engine's is {engine.dialect.driver}; use a URL that "
+            "begins with postgresql+psycopg://, or leave out notify"
+        )
+    return True
+
+
+def received(driver: Any) -> bool:
+    """Tell, without waiting, whether a notification has come on a connection of the driver."""
+    return bool(list(driver.notifies(timeout=0)))
 
 
 # --- SQLite: a file that several processes use ---------------------------------------------------------------------

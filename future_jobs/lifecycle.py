@@ -6,15 +6,15 @@ longer holds the job: the caller rolls back what it did and writes nothing. Noth
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import Any
 
 from sqlalchemy.engine import Connection, Row
 
-from . import statements
+from . import bulk, statements
 from .dialects import Encoded
 from .statements import Level, Token
 from .status import Status, check
@@ -204,38 +204,26 @@ def complete_all(
 ) -> set[Token]:
     """Complete jobs that never touched their Session, in few statements; return the tokens that had lost their job."""
     check(Status.RUNNING, Status.COMPLETE)
-    plain: dict[int, list[int]] = defaultdict(list)
-    kept: dict[Token, str] = {}
-    lost: set[Token] = set()
-    for token, result in done:
-        if result is None or delete:
-            plain[token.attempt].append(token.id)
-        else:
-            kept[token] = result
+    results = dict(done)
+    if delete:
+        return _remove_all(connection, results.keys())
     values = {"status": Status.COMPLETE, "finished_at": now, **_FREE}
-    if kept and statements.complete_each(connection, kept, values) != len(kept):
-        lost.update(each for each in kept if statements.state(connection, each.id) != (each.attempt, Status.COMPLETE))
-    values["return_value"] = None
-    for attempt, ids in plain.items():
-        tokens = [Token(job_id, attempt) for job_id in ids]
-        if delete:
-            held = statements.holds(connection, tokens)
-            statements.remove_all(connection, ids, attempt)
-            lost.update(set(tokens) - held)
-        elif statements.move_all(connection, ids, attempt, Status.RUNNING, values) != len(ids):
-            lost.update(each for each in tokens if statements.state(connection, each.id) != (attempt, Status.COMPLETE))
-    return lost
+    if bulk.complete_all(connection, results, values) == len(results):
+        return set()
+    return {each for each in results if statements.state(connection, each.id) != (each.attempt, Status.COMPLETE)}
+
+
+def _remove_all(connection: Connection, tokens: AbstractSet[Token]) -> set[Token]:
+    held = statements.holds(connection, tokens)
+    for attempt in {token.attempt for token in tokens}:
+        statements.remove_all(connection, [token.id for token in tokens if token.attempt == attempt], attempt)
+    return set(tokens) - held
 
 
 def release_all(connection: Connection, tokens: Iterable[Token]) -> None:
     """Hand back claimed jobs that were not started: they wait again as if never taken, and nothing is charged."""
     check(Status.RUNNING, Status.SCHEDULED)
-    grouped: dict[int, list[int]] = defaultdict(list)
-    for token in tokens:
-        grouped[token.attempt].append(token.id)
-    for attempt, ids in grouped.items():
-        values = {"status": Status.SCHEDULED, "started_at": None, **_FREE}
-        statements.move_all(connection, ids, attempt, Status.RUNNING, values)
+    bulk.move_all(connection, [*tokens], {"status": Status.SCHEDULED, "started_at": None, **_FREE})
 
 
 # --- jobs that wait -----------------------------------------------------------------------------------------------

@@ -16,7 +16,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import datetime, timedelta
 from time import monotonic
 from typing import Any
@@ -60,12 +60,19 @@ def worker_name() -> str:
     return f"{socket.gethostname()[:100]}:{os.getpid()}:{secrets.token_hex(6)}"
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True)
 class _Place:
-    """Where the claims of one level have come to."""
+    """Where the claims of one level have come to: of jobs that were never lost, and then of those that were."""
 
     level: Level
     after: tuple[datetime, int]
+    is_of_lost: bool = False
+
+    def beyond(self, taken: list[Claimed], asked: int) -> list[_Place]:
+        """Return where to go on, if anywhere, after ``taken`` was claimed where so many were ``asked`` for."""
+        if len(taken) == asked:
+            return [replace(self, after=(taken[-1].run_at, taken[-1].id))] if taken else [self]
+        return [] if self.is_of_lost else [_Place(self.level, (self.level.first_at, 0), is_of_lost=True)]
 
 
 class Pass:
@@ -195,13 +202,15 @@ class Pass:
         groups = [list(group) for group in self._groups]
         while groups and len(rows) < wanted:
             share = math.ceil((wanted - len(rows)) / len(groups[0]))  # queues of one priority take turns
-            left = []
+            left: list[_Place] = []
             for place in groups[0]:
-                asked = min(share, wanted - len(rows))
+                # A job that was lost before may be one that kills its process: it is taken alone.
+                asked = int(not rows) if place.is_of_lost else min(share, wanted - len(rows))
                 taken = self._take_from(connection, place, asked) if asked else []
                 rows += taken
-                if len(taken) == asked:  # else nothing is left there
-                    left.append(_Place(place.level, (taken[-1].run_at, taken[-1].id) if taken else place.after))
+                left += place.beyond(taken, asked)
+            if left == groups[0]:
+                break
             groups[:1] = [left] if left else []
         if any(len(group) > 1 for group in self._groups):  # a level alone comes in order
             rows.sort(key=lambda row: (statements.rank(row.priority), row.run_at, row.id))
@@ -218,6 +227,7 @@ class Pass:
             worker=self.worker,
             leased_until=self._lease_end(),
             started_at=self._time(),
+            most_losses=statements.ANY_LOSSES if place.is_of_lost else 0,
         )
 
     # --- running

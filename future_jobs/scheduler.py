@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from datetime import datetime, tzinfo
 from functools import partial
+from itertools import islice
 from typing import Any, Unpack
 
 from sqlalchemy import Select, select
@@ -13,7 +14,7 @@ from sqlalchemy.engine import Connection, Engine
 from sqlalchemy.exc import InvalidRequestError, UnboundExecutionError
 from sqlalchemy.orm import Session, scoped_session
 
-from . import events, execution, lifecycle, payloads, statements, wakeups
+from . import bulk, events, execution, lifecycle, payloads, statements, wakeups
 from .callables import Allow, Call, describe, permit, permit_classes, plain_arguments
 from .dialects import Encoded, begin_before_savepoint, cannot_roll_back, is_autocommit
 from .errors import InvalidArgument, InvalidOption, UsageError, shown
@@ -120,32 +121,27 @@ class Scheduler(Schedules):
         written unless all of them can be.
         """
         self._prepare()
-        now, rows, plain = self._now(), [], None
-        for position, each in enumerate(calls):
-            if not isinstance(each, Mapping):
-                raise InvalidArgument(
-                    f"calls[{position}] is {shown(each)}; pass mappings such as {{'args': [1]}}",
-                    argument="calls",
-                    value=each,
-                )
-            try:
-                if each.keys() <= _ARGUMENTS:  # the rest is common to all such calls
-                    plain = draft = plain or self._draft(when, callable, options, now=now)
-                else:
-                    own = {name: value for name, value in each.items() if name not in _ARGUMENTS}
-                    draft = self._draft(when, callable, {**options, **own}, now=now)
-                rows.append(self._row(*draft, each.get("args", ()), each.get("kwargs")))
-            except UsageError as error:
-                error.add_note(f"in calls[{position}]")
-                raise
-        if not rows:
+        now = self._now()
+        drafts: list[dict[str, Any]] = []
+        texts: dict[str, list[str]] = {"args": [], "kwargs": []}
+        checked_calls = self._calls(when, callable, calls, options, now=now)
+        while some := list(islice(checked_calls, payloads.AT_ONCE)):
+            rows, *arguments = zip(*some, strict=True)
+            drafts += rows
+            for name, values in zip(texts, arguments, strict=True):
+                try:
+                    texts[name] += payloads.encode_many(values, where=name, session=self._own())
+                except UsageError as error:
+                    error.add_note(f"in calls[{len(texts[name])}]")
+                    raise
+        if not drafts:
             return []
         self.session.flush()
         with self._connection() as connection:
-            ids = statements.add_many(connection, rows)
-            wakeups.announce(self._own(), connection.engine, min(row["run_at"] for row in rows))
+            ids = bulk.add_many(connection, drafts, texts)
+            wakeups.announce(self._own(), connection, min(row["run_at"] for row in drafts), now=now)
         if events.wanted("scheduled"):
-            for job_id, row in zip(ids, rows, strict=True):
+            for job_id, row in zip(ids, drafts, strict=True):
                 _tell_scheduled(job_id, row)
         return ids
 
@@ -225,7 +221,8 @@ class Scheduler(Schedules):
             expires_at = resolve_expiry(expires, run_at=run_at, timezone=self.timezone)
         with self._connection() as connection:
             won = lifecycle.revive(connection, job_id, run_at=run_at, expires_at=expires_at)
-            wakeups.announce(self._own(), connection.engine, run_at)
+            if won:
+                wakeups.announce(self._own(), connection, run_at, now=self._now())
         if won:
             self._refresh(job_id)
             if running := execution.running.get():
@@ -352,6 +349,36 @@ class Scheduler(Schedules):
             "created_at": now,
         }
 
+    def _calls(
+        self,
+        when: When,
+        given: Callable[..., Any] | str,
+        calls: Iterable[Mapping[str, Any]],
+        options: Mapping[str, Any],
+        *,
+        now: datetime,
+    ) -> Iterator[tuple[dict[str, Any], list[Any], dict[str, Any]]]:
+        """Yield the draft and the arguments of each of ``calls``, checked; those without options share one draft."""
+        plain = None
+        for position, each in enumerate(calls):
+            if not isinstance(each, Mapping):
+                raise InvalidArgument(
+                    f"calls[{position}] is {shown(each)}; pass mappings such as {{'args': [1]}}",
+                    argument="calls",
+                    value=each,
+                )
+            try:
+                if each.keys() <= _ARGUMENTS:
+                    call, draft = plain = plain or self._draft(when, given, options, now=now)
+                else:
+                    own = {name: value for name, value in each.items() if name not in _ARGUMENTS}
+                    call, draft = self._draft(when, given, {**options, **own}, now=now)
+                args, kwargs = call.arguments(each.get("args", ()), each.get("kwargs"))
+            except UsageError as error:
+                error.add_note(f"in calls[{position}]")
+                raise
+            yield draft, args, kwargs
+
     def _row(
         self, call: Call, draft: dict[str, Any], args: Sequence[Any], kwargs: Mapping[str, Any] | None
     ) -> dict[str, Any]:
@@ -368,7 +395,7 @@ class Scheduler(Schedules):
         self.session.flush()
         with self._connection() as connection:
             job = statements.add(self._own(), connection, row)
-            wakeups.announce(self._own(), connection.engine, row["run_at"])
+            wakeups.announce(self._own(), connection, row["run_at"], now=row["created_at"])
         if events.wanted("scheduled"):
             _tell_scheduled(job.id, row)
         return job

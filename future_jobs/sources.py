@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from datetime import timedelta
 from importlib import import_module
 from typing import Any
 
@@ -13,10 +12,10 @@ from sqlalchemy.engine import Engine
 from sqlalchemy.orm import Session, scoped_session, sessionmaker
 from sqlalchemy.pool import QueuePool
 
-from .dialects import is_autocommit
-from .errors import InvalidArgument, InvalidOption, InvalidTime, shown
+from .dialects import guide_planner, is_autocommit
+from .errors import InvalidArgument, InvalidOption, shown
 from .models import ScheduledJob
-from .times import parse_duration
+from .times import seconds_of
 
 __all__ = ["Maker", "opened", "own_engine", "refuse_small_pool", "seconds_of"]
 
@@ -69,13 +68,15 @@ def _checked(engine: Engine) -> Engine:
 
 def own_engine(engine: Engine) -> Engine:
     """Return an engine on the same database with a pool of its own, so that jobs cannot use up its connections."""
-    return Engine(
+    own = Engine(
         engine.pool.recreate(),
         engine.dialect,
         engine.url,
         execution_options=engine.get_execution_options(),
         hide_parameters=engine.hide_parameters,
     )
+    guide_planner(own)
+    return own
 
 
 def refuse_small_pool(engine: Engine, slots: int) -> None:
@@ -91,13 +92,3 @@ def refuse_small_pool(engine: Engine, slots: int) -> None:
             argument="queues",
             value=slots,
         )
-
-
-def seconds_of(value: str | timedelta, argument: str) -> float:
-    """Return a duration, such as ``"60s"``, in seconds; raise `InvalidTime` if it is not exact, or negative."""
-    duration = parse_duration(value, argument=argument) if isinstance(value, str) else value
-    if not isinstance(duration, timedelta) or duration < timedelta(0):
-        raise InvalidTime(
-            f"{argument} is {shown(value)}; pass an exact duration such as '60s'", argument=argument, value=value
-        )
-    return duration.total_seconds()

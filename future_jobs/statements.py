@@ -11,10 +11,10 @@ run_at`` over the whole table would walk over every future job of a better prior
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from datetime import datetime
 from functools import cache, lru_cache
-from operator import attrgetter, itemgetter
+from operator import attrgetter
 from typing import Any, NamedTuple, cast
 
 from sqlalchemy import (
@@ -29,6 +29,7 @@ from sqlalchemy import (
     literal_column,
     or_,
     select,
+    text,
     type_coerce,
     update,
 )
@@ -36,9 +37,9 @@ from sqlalchemy.engine import Connection, Row
 from sqlalchemy.orm import Session
 from sqlalchemy.orm.attributes import instance_dict, instance_state
 from sqlalchemy.schema import Table
-from sqlalchemy.sql.dml import Insert, Update
+from sqlalchemy.sql.dml import Update
 
-from .dialects import Backend, Encoded, UTCDateTime, backend_of
+from .dialects import Backend, Encoded, UTCDateTime, backend_of, is_guided
 from .models import JobFailure, ScheduledJob
 from .status import Status
 
@@ -47,6 +48,9 @@ __all__ = ["Claimed", "Level", "Token"]
 JOBS = cast("Table", ScheduledJob.__table__)
 FAILURES = cast("Table", JobFailure.__table__)
 J = JOBS.c
+
+
+ANY_LOSSES = 1 << 30
 
 
 class Token(NamedTuple):
@@ -95,10 +99,11 @@ class Level(NamedTuple):
 
 
 def _is(status: Status) -> ColumnElement[bool]:
-    return J.status == literal_column(f"'{status}'")
+    return J.status == spelled(status)
 
 
-def _to(status: Status) -> ColumnElement[Any]:
+def spelled(status: Status) -> ColumnElement[Any]:
+    """Return a status as part of the text of a statement."""
     return literal_column(f"'{status}'")
 
 
@@ -117,7 +122,7 @@ CLAIMED = tuple(type_coerce(J[name], Text).label(name) if name in AS_TEXT else J
 # --- adding -------------------------------------------------------------------------------------------------------
 
 _INSERT = insert(JOBS)
-_NEW: dict[str, Any] = {"status": Status.SCHEDULED, "attempt": 0, "failures": 0, "losses": 0, "snoozes": 0}
+NEW: dict[str, Any] = {"status": Status.SCHEDULED, "attempt": 0, "failures": 0, "losses": 0, "snoozes": 0}
 
 
 def add(session: Session, connection: Connection, row: Mapping[str, Any]) -> ScheduledJob:
@@ -127,11 +132,11 @@ def add(session: Session, connection: Connection, row: Mapping[str, Any]) -> Sch
     objects after the INSERT is then done for this one, so that a rollback treats it like any other.
     """
     given = {name: value for name, value in row.items() if value is not None}
-    key = connection.execute(_INSERT, {**given, **_NEW}).inserted_primary_key
+    key = connection.execute(_INSERT, {**given, **NEW}).inserted_primary_key
     assert key is not None
     job = ScheduledJob()
     held = instance_dict(job)
-    held.update(row, id=key[0], **_NEW)
+    held.update(row, id=key[0], **NEW)
     for name in ("args", "kwargs"):
         if isinstance(held[name], Encoded):
             held[name] = json.loads(held[name])
@@ -140,71 +145,7 @@ def add(session: Session, connection: Connection, row: Mapping[str, Any]) -> Sch
     return job
 
 
-def add_many(connection: Connection, rows: Sequence[Mapping[str, Any]]) -> list[int]:
-    """Insert jobs in few round trips; return their ids in the order of ``rows``, which have the same keys."""
-    if backend_of(connection).json_rows:
-        return _add_from_json(connection, rows)
-    ids: list[int] = []
-    for start in range(0, len(rows), CHUNK):
-        chunk = [{**row, **_NEW} for row in rows[start : start + CHUNK]]
-        statement = insert(JOBS).returning(J.id, sort_by_parameter_order=True)
-        ids += connection.scalars(statement, chunk)
-    return ids
-
-
 CHUNK = 5_000
-
-
-def _add_from_json(connection: Connection, rows: Sequence[Mapping[str, Any]]) -> list[int]:
-    # What all rows share is bound once; what differs travels as one JSON text, which SQLite unfolds by itself.
-    varying = _varying(rows) or ["args"]
-    shared = {name: value for name, value in {**rows[0], **_NEW}.items() if name not in varying}
-    statement = _insert_from_json(tuple(shared), tuple(varying))
-    writers = [_writer(connection, name) for name in varying]
-    ids: list[int] = []
-    for start in range(0, len(rows), CHUNK):
-        chunk = rows[start : start + CHUNK]
-        if len(varying) == 1:
-            data = json.dumps([writers[0](row[varying[0]]) for row in chunk])
-        else:
-            data = json.dumps(
-                [[write(row[name]) for name, write in zip(varying, writers, strict=True)] for row in chunk]
-            )
-        connection.execute(statement, {**{f"shared_{name}": value for name, value in shared.items()}, "data": data})
-        # One INSERT ... SELECT holds the write lock and numbers its rows one after the other.
-        last = connection.scalar(select(func.last_insert_rowid()))
-        assert last is not None
-        ids += range(last - len(chunk) + 1, last + 1)
-    return ids
-
-
-def _varying(rows: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Return the names whose values are not the same in all ``rows``."""
-    same = list(rows[0])
-    while same:
-        values = itemgetter(*same)
-        first = values(rows[0])
-        other = next((row for row in rows if values(row) != first), None)
-        if other is None:
-            break
-        same = [name for name in same if other[name] == rows[0][name]]
-    return [name for name in rows[0] if name not in same]
-
-
-@cache
-def _insert_from_json(shared: tuple[str, ...], varying: tuple[str, ...]) -> Insert:
-    each = func.json_each(bindparam("data", type_=Text)).table_valued("key", "value", name="each")
-    columns: list[ColumnElement[Any]] = [bindparam(f"shared_{name}", type_=J[name].type) for name in shared]
-    if len(varying) == 1:
-        columns.append(each.c.value)
-    else:
-        columns += [func.json_extract(each.c.value, literal_column(f"'$[{at}]'")) for at in range(len(varying))]
-    return insert(JOBS).from_select([*shared, *varying], select(*columns).order_by(each.c.key), include_defaults=False)
-
-
-def _writer(connection: Connection, name: str) -> Callable[[Any], Any]:
-    kind = J[name].type.dialect_impl(connection.dialect)
-    return kind.bind_processor(connection.dialect) or (lambda value: value)
 
 
 def prune(connection: Connection, *, before: datetime, statuses: Sequence[Status], limit: int | None) -> int:
@@ -241,7 +182,9 @@ def levels(connection: Connection) -> list[Level]:
 
     A loose index scan over (queue, priority): one index look-up a level, however many rows there are.
     """
-    if backend_of(connection).recursive_scan:
+    backend = backend_of(connection)
+    _guide(connection)
+    if backend.recursive_scan:
         found = [Level(*row) for row in connection.execute(_levels_at_once())]
     else:
         found = list(_levels_by_steps(connection))
@@ -282,6 +225,17 @@ def _levels_at_once() -> Select[Any]:
         .scalar_subquery()
     )
     return select(steps.c.queue, steps.c.priority, first).where(steps.c.priority.is_not(None))
+
+
+def _guide(connection: Connection) -> None:
+    """Keep the planner, until the transaction ends, from what would read more than is needed."""
+    if not is_guided(connection):
+        connection.execute(_planning(backend_of(connection)))
+
+
+@cache
+def _planning(backend: Backend) -> Select[Any]:
+    return select(*(func.set_config(name, "off", literal_column("true")) for name in backend.planner))
 
 
 def _levels_by_steps(connection: Connection) -> Iterator[Level]:
@@ -327,6 +281,20 @@ def clock(connection: Connection) -> datetime | None:
     return connection.scalar(select(type_coerce(now, UTCDateTime)))
 
 
+def notify(connection: Connection) -> None:
+    """Wake the workers that listen, when the transaction commits; no table."""
+    connection.execute(_NOTIFY)
+
+
+_CHANNEL = "future_jobs"
+_NOTIFY = select(func.pg_notify(_CHANNEL, ""))
+
+
+def listen(connection: Connection) -> None:
+    """Let ``connection`` hear of `notify`; no table."""
+    connection.execute(text(f"LISTEN {_CHANNEL}"))
+
+
 def times_of(connection: Connection, job_id: int) -> Any:
     """Return ``nominal_at`` and ``expires_at`` of a job; None if it does not exist. Primary key."""
     return connection.execute(
@@ -348,7 +316,7 @@ def claim(
     worker: str,
     leased_until: datetime,
     started_at: datetime | None = None,
-    most_losses: int = 1 << 30,
+    most_losses: int = ANY_LOSSES,
 ) -> list[Claimed]:
     """Take up to ``limit`` due jobs of ``level`` that come after ``after``, in order of ``(run_at, id)``.
 
@@ -356,6 +324,7 @@ def claim(
     times.
     """
     backend = backend_of(connection)
+    _guide(connection)
     found = {
         "in_queue": level.queue,
         "at_priority": level.priority,
@@ -408,7 +377,7 @@ def _due_rows(backend: Backend) -> Select[Any]:
 
 def _taken() -> dict[str, Any]:
     return {
-        "status": _to(Status.RUNNING),
+        "status": spelled(Status.RUNNING),
         "attempt": J.attempt + 1,
         "started_at": bindparam("started", type_=UTCDateTime),
         "leased_by": bindparam("worker"),
@@ -506,28 +475,6 @@ def move(
     return _changed(connection, statement, {**plain, "_id": token.id, "_attempt": token.attempt}) == 1
 
 
-def complete_each(connection: Connection, results: Mapping[Token, str], values: Mapping[str, Any]) -> int:
-    """Write ``values`` and its own result to the running job of each token; return how many were. Primary key."""
-    if backend_of(connection).json_rows:
-        rows = json.dumps([[*token, result] for token, result in results.items()])
-        return _changed(connection, _complete_from_json(), {**values, "_rows": rows})
-    return _changed(
-        connection,
-        _guarded(Status.RUNNING, (), ()),
-        [
-            {**values, "return_value": Encoded(result), "_id": token.id, "_attempt": token.attempt}
-            for token, result in results.items()
-        ],
-    )
-
-
-@cache
-def _complete_from_json() -> Update:
-    row = func.json_each(bindparam("_rows", type_=Text)).table_valued("value", name="done").c.value
-    job_id, attempt, result = (func.json_extract(row, literal_column(f"'$[{at}]'")) for at in range(3))
-    return update(JOBS).where(J.id == job_id, J.attempt == attempt, RUNNING).values(return_value=result)
-
-
 def _parted(values: Mapping[str, Any]) -> tuple[dict[str, Any], tuple[tuple[str, Any], ...]]:
     """Part what is bound from what is computed in SQL: the former is not in the text of a statement."""
     computed = tuple((name, value) for name, value in values.items() if isinstance(value, ColumnElement))
@@ -543,20 +490,6 @@ def _guarded(
     # What it sets follows from the parameters it is executed with; an expression is known again by its identity.
     held = update(JOBS).where(J.id == bindparam("_id"), J.attempt == bindparam("_attempt"), _is(source), *conditions)
     return held.values(dict(computed)) if computed else held
-
-
-def move_all(
-    connection: Connection, ids: Sequence[int], attempt: int, source: Status, values: Mapping[str, Any]
-) -> int:
-    """Write ``values`` to those of ``ids`` that are in ``source`` at ``attempt``; return how many. Primary key."""
-    return _changed(connection, _guarded_all(source), {**values, "_ids": ids, "_attempt": attempt})
-
-
-@cache
-def _guarded_all(source: Status) -> Update:
-    return update(JOBS).where(
-        J.id.in_(bindparam("_ids", expanding=True)), J.attempt == bindparam("_attempt"), _is(source)
-    )
 
 
 def force(connection: Connection, job_id: int, values: Mapping[str, Any]) -> None:

@@ -13,7 +13,7 @@ from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import Session, scoped_session
 from sqlalchemy.schema import Table
 
-from . import statements
+from . import bulk
 from .dialects import UTCDateTime, backend_of
 from .models import RecurringJob
 from .statements import J
@@ -137,7 +137,7 @@ def add_jobs(
         new = [row for at, row in rows.items() if at not in held]
         try:
             with connection.begin_nested():
-                return dict(zip(statements.add_many(connection, new) if new else [], new, strict=True))
+                return dict(zip(bulk.add_many(connection, new) if new else [], new, strict=True))
         except IntegrityError:
             if locked:
                 raise

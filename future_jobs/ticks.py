@@ -16,7 +16,7 @@ from typing import Any
 
 from sqlalchemy.engine import Connection, Row
 
-from . import events, statements, tick_statements
+from . import bulk, events, statements, tick_statements
 from .dialects import Encoded, is_disconnect, is_lock_error
 from .errors import DatabaseBusy, PayloadUnreadable, SchemaError, shown
 from .payloads import sanitise
@@ -89,7 +89,7 @@ def _write(
         return None
     taken = tick_statements.taken(connection, seen.id, rows)  # by a backfill
     new = [row for at, row in rows.items() if at not in taken]
-    ids = statements.add_many(connection, new) if new else []
+    ids = bulk.add_many(connection, new) if new else []
     values = {
         "next_run_at": decided.next_at,
         "fired": seen.fired + len(decided.fire),

@@ -30,6 +30,7 @@ ORDER = (
     "dialects",
     "models",
     "statements",
+    "bulk",
     "tick_statements",
     "lifecycle",
     "sessions",

@@ -17,7 +17,7 @@ from sqlalchemy import create_engine, delete, select, update
 from sqlalchemy.orm import Session
 from sqlalchemy.pool import StaticPool
 
-from future_jobs import ScheduledJob, Scheduler, create_tables, lifecycle, statements
+from future_jobs import ScheduledJob, Scheduler, bulk, create_tables, lifecycle, statements
 from future_jobs.errors import IllegalTransition
 from future_jobs.lifecycle import Completed, Failed, Failure, Retried, Snoozed
 from future_jobs.statements import J, Token
@@ -267,11 +267,11 @@ def finish_by_status_only(monkeypatch):
 
 
 def finish_batches_by_status_only(monkeypatch):
-    def move_all(connection, ids, attempt, source, values):
-        guard = (J.id.in_(ids), J.status == source)
+    def complete_all(connection, results, values):
+        guard = (J.id.in_([token.id for token in results]), J.status == "running")
         return connection.execute(update(statements.JOBS).where(*guard).values(**values)).rowcount
 
-    monkeypatch.setattr(statements, "move_all", move_all)
+    monkeypatch.setattr(bulk, "complete_all", complete_all)
 
 
 def no_expiry_check(monkeypatch):
