@@ -9,11 +9,11 @@ import pytest
 from sqlalchemy import event, insert, select, text
 from sqlalchemy.orm import Session
 
-from future_jobs import Scheduler, bulk, create_tables
+from future_jobs import ScheduledJob, Scheduler, bulk, create_tables
 from future_jobs import statements as st
 from future_jobs.dialects import backend_of
 from future_jobs.sources import own_engine
-from future_jobs.statements import Level
+from future_jobs.statements import Level, Token
 
 NOW = datetime.now(UTC)
 TABLE = "future_jobs_scheduled_job"
