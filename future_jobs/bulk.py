@@ -84,27 +84,33 @@ def complete_all(connection: Connection, results: Mapping[Token, str | None], va
     return _move(connection, ("return_value",), [(*token, result) for token, result in results.items()], values)
 
 
-def move_all(connection: Connection, tokens: Iterable[Token], values: Mapping[str, Any]) -> int:
-    """Write ``values`` to the running job of each token; return how many were. Primary key."""
-    return _move(connection, (), list(tokens), values)
+def move_all(
+    connection: Connection, tokens: Iterable[Token], values: Mapping[str, Any], *conditions: ColumnElement[bool]
+) -> int:
+    """Write ``values`` to the running job of each token, if it meets ``conditions``; return how many. Primary key."""
+    return _move(connection, (), list(tokens), values, conditions)
 
 
 def _move(
-    connection: Connection, own: tuple[str, ...], rows: Sequence[tuple[Any, ...]], values: Mapping[str, Any]
+    connection: Connection,
+    own: tuple[str, ...],
+    rows: Sequence[tuple[Any, ...]],
+    values: Mapping[str, Any],
+    conditions: tuple[ColumnElement[bool], ...] = (),
 ) -> int:
-    statement = _held(backend_of(connection), own)
+    statement = _held(backend_of(connection), own, conditions)
     chunks = _chunks(list(zip(*rows, strict=True)))
     moved = (connection.execute(statement, {**values, "rows": _dump(chunk)}) for chunk in chunks)
     return sum(cast("CursorResult[Any]", each).rowcount for each in moved)
 
 
 @lru_cache(maxsize=16)
-def _held(backend: Backend, own: tuple[str, ...]) -> Update:
+def _held(backend: Backend, own: tuple[str, ...], conditions: tuple[ColumnElement[bool], ...]) -> Update:
     kinds = [J[name].type for name in ("id", "attempt", *own)]
     _, (job_id, attempt, *values) = backend.unfold(bindparam("rows", type_=Text), kinds)
     # The status is compared in a form that no index holds: found by it, the rows of others would be read, and locked.
     running = func.coalesce(J.status, "") == spelled(Status.RUNNING)
-    held = update(JOBS).where(J.id == job_id, J.attempt == attempt, running)
+    held = update(JOBS).where(J.id == job_id, J.attempt == attempt, running, *conditions)
     return held.values(dict(zip(own, values, strict=True))) if own else held
 
 

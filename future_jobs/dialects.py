@@ -11,9 +11,10 @@ from __future__ import annotations
 import json
 import sqlite3
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
+from hashlib import sha256
 from typing import Any
 
 from sqlalchemy import (
@@ -29,13 +30,16 @@ from sqlalchemy import (
     event,
     func,
     literal_column,
+    select,
     text,
 )
 from sqlalchemy.dialects import mysql, postgresql
+from sqlalchemy.dialects.sqlite import insert as sqlite_insert
 from sqlalchemy.engine import Connection, Dialect, Engine, Transaction
 from sqlalchemy.exc import DBAPIError, OperationalError
 from sqlalchemy.pool import SingletonThreadPool, StaticPool
-from sqlalchemy.schema import Column
+from sqlalchemy.schema import Column, Table
+from sqlalchemy.sql.dml import Insert
 from sqlalchemy.types import TypeDecorator, TypeEngine
 
 from .errors import NotSupported
@@ -422,15 +426,66 @@ def cannot_roll_back(connection: Connection) -> bool:
     return driver.isolation_level is None and not driver.in_transaction
 
 
+def insert_if_free(backend: Backend, table: Table, column: str) -> Insert:
+    """Return an INSERT of one row that is none if another row has the same ``column``, which is unique where not null.
+
+    It waits for a transaction that has inserted such a row, and makes none unusable. It returns the key of the row, or
+    nothing. InnoDB has no such INSERT but one that hides every error, and what it and one that fails leave behind is a
+    shared lock, which others have as well. There the row that is in the way is written to itself instead, which locks
+    it for this transaction alone, and the last inserted id is the key of that row, plus `IN_USE`.
+    """
+    if backend is MYSQL:
+        key = next(iter(table.primary_key))
+        itself = func.last_insert_id(key + literal_column(str(IN_USE))) - literal_column(str(IN_USE))
+        return mysql.insert(table).on_duplicate_key_update({key.name: itself})
+    make = sqlite_insert if backend is SQLITE else postgresql.insert
+    free = make(table).on_conflict_do_nothing(index_elements=[column], index_where=text(f"{column} IS NOT NULL"))
+    return free.returning(*table.primary_key)
+
+
+IN_USE = 1 << 62  # added to the id of a row that was there already
+QUEUE_SECONDS = 10
+
+
+@contextmanager
+def in_line(connection: Connection, key: str) -> Iterator[None]:
+    """Let others who insert the same ``key`` wait for their turn, where it is no good if they all wait for its index.
+
+    Of those which InnoDB lets wait there for a transaction that is then rolled back, each is given a lock on the gap,
+    and all but one end in a deadlock. This line is not kept for ever, as InnoDB does not look at it for deadlocks.
+    """
+    if backend_of(connection) is not MYSQL:
+        yield
+        return
+    # A lock's name is server-wide, and at most 64 long.
+    name = "future_jobs:" + sha256(f"{connection.engine.url.database}:{key}".encode()).hexdigest()[:48]
+    has_turn = connection.scalar(select(func.get_lock(name, QUEUE_SECONDS))) == 1
+    try:
+        yield
+    finally:
+        if has_turn:
+            with suppress(DBAPIError):  # with the connection, the lock is gone too
+                connection.execute(select(func.release_lock(name)))
+
+
+def is_repeatable(connection: Connection) -> bool:
+    """Tell whether a plain SELECT shows what was there earlier in the transaction, whatever others have committed."""
+    return _isolation(connection) in {"REPEATABLE READ", "SERIALIZABLE"}
+
+
 def keeps_snapshot(connection: Connection) -> bool:
     """Tell whether a transaction here cannot write a row that others have changed since its first statement."""
     name, version = connection.dialect.name, connection.dialect.server_version_info or ()
-    default = getattr(connection.dialect, "_on_connect_isolation_level", None) or connection.default_isolation_level
-    level = connection.get_execution_options().get("isolation_level", default)
+    level = _isolation(connection)
     if name == "postgresql":
         return level in {"REPEATABLE READ", "SERIALIZABLE"}
     # innodb_snapshot_isolation, on by default since then
     return getattr(connection.dialect, "is_mariadb", False) and version >= (11, 6, 2) and level == "REPEATABLE READ"
+
+
+def _isolation(connection: Connection) -> str | None:
+    default = getattr(connection.dialect, "_on_connect_isolation_level", None) or connection.default_isolation_level
+    return connection.get_execution_options().get("isolation_level", default)
 
 
 def change_counter(connection: Connection) -> Callable[[], int] | None:

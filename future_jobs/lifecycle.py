@@ -8,13 +8,16 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from collections.abc import Set as AbstractSet
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import Any
 
+from sqlalchemy import ColumnElement
 from sqlalchemy.engine import Connection, Row
+from sqlalchemy.exc import IntegrityError
 
-from . import bulk, statements
+from . import bulk, statements, unique_statements
 from .dialects import Encoded
 from .statements import Level, Token
 from .status import Status, check
@@ -37,6 +40,7 @@ __all__ = [
     "rescue",
     "revive",
     "settle",
+    "why_cancelled",
 ]
 
 MAX_LOSSES = 5
@@ -79,6 +83,7 @@ class Retried:
 
     failure: Failure
     run_at: datetime
+    problem: str | None = None  # why its own backoff was of no use
     keeps_writes: bool = False
 
 
@@ -125,9 +130,12 @@ def settle(
 ) -> Status | None:
     """Write how the attempt ended; return the state the job is in now, or None if the attempt no longer held it.
 
-    ``delete`` removes a job that completed instead of keeping it. ``again`` says that this very unit was tried before,
-    so that a job which is already where it should go was put there by a commit whose reply was lost. What shares a
-    transaction with a handler's writes never says so: an attempt that is run twice would write twice.
+    ``delete`` removes a job that completed instead of keeping it. A job that would wait again is ``cancelled`` instead
+    if it was asked to stop, or if another waits with the key that it gave up when it started.
+
+    ``again`` says that this very unit was tried before, so that a job which is already where it should go was put there
+    by a commit whose reply was lost. What shares a transaction with a handler's writes never says so: an attempt that
+    is run twice would write twice.
     """
     target, values, failure = _written(outcome, now)
     if failure is not None:
@@ -135,23 +143,27 @@ def settle(
         values["error"] = failure.traceback
     if target is Status.COMPLETE and delete:
         return target if statements.remove(connection, token) else None
-    if not _move(connection, token, target, values):
-        if target is not Status.SCHEDULED or not deliver_cancel(connection, token, now=now):
-            return target if again and statements.state(connection, token.id) == (token.attempt, target) else None
-        target = Status.CANCELLED
+    ended = _move(connection, token, target, values, now=now)
+    if ended is None:
+        return target if again and statements.state(connection, token.id) == (token.attempt, target) else None
+    target = ended
     if failure is not None:
-        statements.add_failure(
-            connection,
-            {
-                "job_id": token.id,
-                "attempt": token.attempt,
-                "failed_at": now,
-                "worker": worker,
-                "error_type": failure.error_type,
-                "traceback": failure.traceback,
-            },
-        )
+        _note(connection, token, failure, now=now, worker=worker)
     return target
+
+
+def _note(connection: Connection, token: Token, failure: Failure, *, now: datetime, worker: str | None) -> None:
+    statements.add_failure(
+        connection,
+        {
+            "job_id": token.id,
+            "attempt": token.attempt,
+            "failed_at": now,
+            "worker": worker,
+            "error_type": failure.error_type,
+            "traceback": failure.traceback,
+        },
+    )
 
 
 def _written(outcome: Outcome, now: datetime) -> tuple[Status, dict[str, Any], Failure | None]:
@@ -174,22 +186,84 @@ def _encoded(text: str | None) -> Encoded | None:
     return None if text is None else Encoded(text)
 
 
-def _move(connection: Connection, token: Token, target: Status, values: Mapping[str, Any]) -> bool:
+def _move(
+    connection: Connection, token: Token, target: Status, values: Mapping[str, Any], *, now: datetime
+) -> Status | None:
     check(Status.RUNNING, target)
-    # A job that was asked to stop does not go back to waiting.
-    conditions = [statements.NOT_ASKED_TO_STOP] if target is Status.SCHEDULED else []
-    return statements.move(connection, token, Status.RUNNING, {"status": target, **_FREE, **values}, *conditions)
+    if target is Status.SCHEDULED:
+        ended = _wait_again(connection, token, values, statements.NOT_ASKED_TO_STOP, finished_at=now)
+        return ended or (Status.CANCELLED if deliver_cancel(connection, token, now=now) else None)
+    held = statements.move(connection, token, Status.RUNNING, {"status": target, **_FREE, **values})
+    return target if held else None
 
 
-def overrule(connection: Connection, token: Token, outcome: Outcome, *, now: datetime) -> Status:
+def _wait_again(
+    connection: Connection,
+    token: Token,
+    values: Mapping[str, Any],
+    *conditions: ColumnElement[bool],
+    finished_at: datetime | ColumnElement[Any],
+) -> Status | None:
+    """Let a running job wait again; return the state it is in now, None if the attempt does not hold it.
+
+    One that gave up its unique key when it started, and finds that another waits with that, ends ``cancelled``: the
+    other was scheduled later, and does the same. The index decides, so that it may be scheduled at this very moment.
+    """
+    check(Status.RUNNING, Status.SCHEDULED)
+    waiting = {"status": Status.SCHEDULED, **_FREE, **values}
+    if statements.move(connection, token, Status.RUNNING, waiting, *conditions, statements.KEEPS_ITS_KEY):
+        return Status.SCHEDULED
+    key = unique_statements.key_given_up(connection, token)
+    if key is None:
+        return None
+    with suppress(IntegrityError), connection.begin_nested():
+        held = statements.move(connection, token, Status.RUNNING, waiting, *conditions)
+        return Status.SCHEDULED if held else None
+    check(Status.RUNNING, Status.CANCELLED)
+    other = unique_statements.holder(connection, key)
+    ended = {
+        **{name: values[name] for name in _CHARGES if name in values},
+        "status": Status.CANCELLED,
+        "finished_at": finished_at,
+        **_FREE,
+        "error": f"job {other.id} has the same unique_key" if other else "another job has the same unique_key",
+    }
+    return Status.CANCELLED if statements.move(connection, token, Status.RUNNING, ended) else None
+
+
+_CHARGES = ("failures", "losses")
+
+
+def why_cancelled(connection: Connection, job_id: int) -> str:
+    """Return why a job was cancelled that would otherwise have waited again."""
+    return statements.error_of(connection, job_id) or "asked to stop"
+
+
+def overrule(connection: Connection, token: Token, outcome: Outcome, *, now: datetime, worker: str) -> Status:
     """Write how an attempt ended although its handler changed or deleted its own row, uncommitted.
 
     The caller has seen, from outside of the handler's transaction, that the attempt still holds the job. A row that the
     handler deleted stays deleted.
     """
-    target, values, _ = _written(outcome, now)
-    statements.force(connection, token.id, {"status": target, "attempt": token.attempt, **_FREE, **values})
+    target, values, failure = _written(outcome, now)
+    values |= {"status": target, "attempt": token.attempt, **_FREE}
+    if failure is not None:
+        values |= {"failures": statements.ONE_MORE_FAILURE, "error": failure.traceback}
+    if not _force(connection, token.id, values):
+        target = Status.CANCELLED
+        values = {"finished_at": now, **values, "status": target, "error": "another job has the same unique_key"}
+        statements.force(connection, token.id, values)
+    if failure is not None and statements.state(connection, token.id) is not None:
+        _note(connection, token, failure, now=now, worker=worker)
     return target
+
+
+def _force(connection: Connection, job_id: int, values: Mapping[str, Any]) -> bool:
+    """Write ``values`` to a job whatever its state; False, and nothing is written, if another has its unique key."""
+    with suppress(IntegrityError), connection.begin_nested():
+        statements.force(connection, job_id, values)
+        return True
+    return False
 
 
 def deliver_cancel(connection: Connection, token: Token, *, now: datetime) -> bool:
@@ -220,10 +294,21 @@ def _remove_all(connection: Connection, tokens: AbstractSet[Token]) -> set[Token
     return set(tokens) - held
 
 
-def release_all(connection: Connection, tokens: Iterable[Token]) -> None:
-    """Hand back claimed jobs that were not started: they wait again as if never taken, and nothing is charged."""
+def release_all(connection: Connection, tokens: Iterable[Token]) -> set[Token]:
+    """Hand back claimed jobs that were not started: they wait again as if never taken, and nothing is charged.
+
+    Returns those that were cancelled instead, because another waits with the key that they gave up.
+    """
     check(Status.RUNNING, Status.SCHEDULED)
-    bulk.move_all(connection, [*tokens], {"status": Status.SCHEDULED, "started_at": None, **_FREE})
+    values = {"status": Status.SCHEDULED, "started_at": None, **_FREE}
+    wanted = [*tokens]
+    if bulk.move_all(connection, wanted, values, statements.KEEPS_ITS_KEY) == len(wanted):
+        return set()
+    return {
+        token
+        for token in sorted(statements.holds(connection, wanted))
+        if _wait_again(connection, token, {"started_at": None}, finished_at=statements.J.started_at) is Status.CANCELLED
+    }
 
 
 # --- jobs that wait -----------------------------------------------------------------------------------------------
@@ -251,8 +336,9 @@ def rescue(
     """Take back jobs whose worker has not renewed its lease for ``grace`` after it ended.
 
     Each has lost one attempt and waits again: in its old place, ahead of what became due meanwhile; one that was lost
-    before from ``delay`` after ``now``. After `MAX_LOSSES` it is ``failed``. Only leases in ``watched``, if that is
-    given. Returns the rows as they were and the state they are in now.
+    before from ``delay`` after ``now``. After `MAX_LOSSES` it is ``failed``, and ``cancelled`` if another waits with
+    the key that it gave up. Only leases in ``watched``, if that is given. Returns the rows as they were and the state
+    they are in now.
     """
     taken = []
     for row in statements.abandoned(connection, before=now - grace, limit=SWEEP):
@@ -266,24 +352,16 @@ def rescue(
         same = (
             statements.J.leased_until == row.leased_until if row.leased_until else statements.J.leased_until.is_(None)
         )
-        values = {"status": target, "losses": statements.J.losses + 1, "error": lost.traceback, **_FREE}
-        if target is Status.FAILED:
-            values["finished_at"] = now
-        elif delay and row.losses:
-            values["run_at"] = now + delay
-        if statements.move(connection, token, Status.RUNNING, values, same):
-            statements.add_failure(
-                connection,
-                {
-                    "job_id": row.id,
-                    "attempt": row.attempt,
-                    "failed_at": now,
-                    "worker": row.leased_by,
-                    "error_type": lost.error_type,
-                    "traceback": lost.traceback,
-                },
-            )
-            taken.append((row, target))
+        values = {"losses": statements.J.losses + 1, "error": lost.traceback}
+        if target is Status.SCHEDULED:
+            later = {"run_at": now + delay} if delay and row.losses else {}
+            ended = _wait_again(connection, token, {**values, **later}, same, finished_at=now)
+        else:
+            values |= {"status": target, "finished_at": now, **_FREE}
+            ended = target if statements.move(connection, token, Status.RUNNING, values, same) else None
+        if ended is not None:
+            _note(connection, token, lost, now=now, worker=row.leased_by)
+            taken.append((row, ended))
     return taken
 
 
@@ -314,7 +392,7 @@ def cancel(connection: Connection, job_id: int, *, now: datetime) -> bool:
 def revive(connection: Connection, job_id: int, *, run_at: datetime, expires_at: datetime | None) -> bool:
     """Let a failed, expired or cancelled job wait again, with all its attempts; tell whether this call did.
 
-    So does one whose status is none at all: a row edited by hand.
+    So does one whose status is none at all: a row edited by hand. Not one whose unique key another job has.
     """
     found = statements.state(connection, job_id)
     if found is None or found[1] in {Status.SCHEDULED, Status.RUNNING, Status.COMPLETE}:
@@ -330,7 +408,11 @@ def revive(connection: Connection, job_id: int, *, run_at: datetime, expires_at:
     }
     source = found[1]
     if not isinstance(source, Status):
-        statements.force(connection, job_id, values)
-        return True
+        return _force(connection, job_id, values)
     check(source, Status.SCHEDULED)
-    return statements.move(connection, Token(job_id, found[0]), source, values)
+    token = Token(job_id, found[0])
+    if statements.move(connection, token, source, values, statements.HAS_NO_KEY):
+        return True
+    with suppress(IntegrityError), connection.begin_nested():
+        return statements.move(connection, token, source, values)
+    return False

@@ -11,10 +11,11 @@ from .errors import InvalidArgument, InvalidOption, UnknownOption, shown
 from .retries import BackoffOption, dump_backoff, dump_exceptions
 from .times import When
 
-__all__ = ["MAX_PRIORITY", "MAX_QUEUE", "JobOptions", "checked", "checked_word", "run_options"]
+__all__ = ["MAX_PRIORITY", "MAX_QUEUE", "JobOptions", "checked", "checked_word", "run_options", "unique_columns"]
 
 MAX_PRIORITY = 100
 MAX_QUEUE = 100
+MAX_UNIQUE_KEY = 255
 MAX_ATTEMPTS = 1_000_000
 MAX_TAGS = 50
 
@@ -34,6 +35,9 @@ class JobOptions(TypedDict, total=False):
     discard_on: Exceptions
     transaction: Literal["job", "own"]
     missing: Literal["fail", "discard", "none"]
+    unique_key: str | None
+    unique_until: Literal["started", "finished"]
+    on_conflict: Literal["raise", "return_existing", "replace"]
     tags: Iterable[str]
 
 
@@ -61,6 +65,25 @@ def run_options(options: Mapping[str, Any]) -> dict[str, Any] | None:
     return kept or None
 
 
+def unique_columns(options: Mapping[str, Any], *, given: Mapping[str, Any]) -> dict[str, str]:
+    """Return ``unique_key`` and ``unique_until`` for the row, from the checked ``options``; nothing if there is no key.
+
+    Raises `InvalidOption` if those that were ``given`` with the call say what is to be done about a key, and none does
+    which.
+    """
+    key = options.get("unique_key")
+    if key is not None:
+        return {"unique_key": key, "unique_until": options.get("unique_until", "finished")}
+    for name in ("unique_until", "on_conflict"):
+        if name in given and "unique_key" not in given:
+            raise InvalidOption(
+                f"{name} is {shown(given[name])}, but there is no unique_key; pass that too",
+                argument=name,
+                value=given[name],
+            )
+    return {}
+
+
 _RUN = {"backoff": None, "retry_on": None, "discard_on": None, "transaction": "job", "missing": "fail"}
 
 
@@ -83,13 +106,13 @@ def _integer(lowest: int, highest: int) -> Any:
     return check
 
 
-def checked_word(name: str, value: Any) -> str:
-    """Return ``value``, the name of a queue or a tag; raise for what is none."""
+def checked_word(name: str, value: Any, most: int = MAX_QUEUE) -> str:
+    """Return ``value``, the name of a queue or a tag, or a key; raise for what is none."""
     if not isinstance(value, str):
         raise InvalidArgument(f"{name} is {shown(value)}; pass text", argument=name, value=value)
-    if not 1 <= len(value) <= MAX_QUEUE or value != value.strip() or any(map(_is_control, value)):
+    if not 1 <= len(value) <= most or value != value.strip() or any(map(_is_control, value)):
         raise InvalidOption(
-            f"{name} is {shown(value)}; use 1 to {MAX_QUEUE} printable characters, no space at the ends",
+            f"{name} is {shown(value)}; use 1 to {most} printable characters, no space at the ends",
             argument=name,
             value=value,
         )
@@ -102,7 +125,7 @@ def _is_control(character: str) -> bool:
 
 def _one_of(*choices: str) -> Any:
     def check(name: str, value: Any) -> str:
-        if value not in choices:
+        if not isinstance(value, str) or value not in choices:
             raise InvalidOption(
                 f"{name} is {shown(value)}; use {' or '.join(map(repr, choices))}", argument=name, value=value
             )
@@ -129,5 +152,8 @@ _CHECKS = {
     "discard_on": lambda name, value: dump_exceptions(value, name),
     "transaction": _one_of("job", "own"),
     "missing": _one_of("fail", "discard", "none"),
+    "unique_key": lambda name, value: None if value is None else checked_word(name, value, MAX_UNIQUE_KEY),
+    "unique_until": _one_of("started", "finished"),
+    "on_conflict": _one_of("raise", "return_existing", "replace"),
     "tags": _tags,
 }

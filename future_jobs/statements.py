@@ -111,6 +111,8 @@ WAITING = _is(Status.SCHEDULED)
 RUNNING = _is(Status.RUNNING)
 ASKED_TO_STOP = J.cancel_requested_at.is_not(None)
 NOT_ASKED_TO_STOP = J.cancel_requested_at.is_(None)
+HAS_NO_KEY = J.unique_key.is_(None)
+KEEPS_ITS_KEY = or_(J.unique_key.is_(None), J.unique_until == literal_column("'finished'"))
 ONE_MORE_FAILURE = J.failures + 1
 # A null expiry is "never". A job whose expiry equals now still runs.
 NOT_EXPIRED = or_(J.expires_at.is_(None), J.expires_at >= bindparam("now", type_=UTCDateTime))
@@ -124,6 +126,8 @@ CLAIMED = tuple(type_coerce(J[name], Text).label(name) if name in AS_TEXT else J
 _INSERT = insert(JOBS)
 NEW: dict[str, Any] = {"status": Status.SCHEDULED, "attempt": 0, "failures": 0, "losses": 0, "snoozes": 0}
 
+_NO_KEY: dict[str, Any] = {"unique_key": None, "unique_until": None}
+
 
 def add(session: Session, connection: Connection, row: Mapping[str, Any]) -> ScheduledJob:
     """Insert one job and return it as a persistent object of ``session``, as a flush would have made it.
@@ -131,12 +135,22 @@ def add(session: Session, connection: Connection, row: Mapping[str, Any]) -> Sch
     An INSERT of its own takes a third of the time of a unit of work over so many columns; what a flush does to its
     objects after the INSERT is then done for this one, so that a rollback treats it like any other.
     """
-    given = {name: value for name, value in row.items() if value is not None}
-    key = connection.execute(_INSERT, {**given, **NEW}).inserted_primary_key
+    key = connection.execute(_INSERT, inserted(row)).inserted_primary_key
     assert key is not None
+    return persistent(session, row, key[0])
+
+
+def inserted(row: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what is inserted for ``row``: a waiting job."""
+    return {**{name: value for name, value in row.items() if value is not None}, **NEW}
+
+
+def persistent(session: Session, row: Mapping[str, Any], job_id: int) -> ScheduledJob:
+    """Return the job that was inserted for ``row`` as an object of ``session``."""
     job = ScheduledJob()
     held = instance_dict(job)
-    held.update(row, id=key[0], **NEW)
+    held.update(_NO_KEY)
+    held.update(row, id=job_id, **NEW)
     for name in ("args", "kwargs"):
         if isinstance(held[name], Encoded):
             held[name] = json.loads(held[name])
@@ -539,6 +553,14 @@ def state(connection: Connection, job_id: int) -> tuple[int, str] | None:
     """Return ``(attempt, status)`` of a job; None if it does not exist. Primary key."""
     row = connection.execute(select(J.attempt, J.status).where(J.id == bindparam("_id")), {"_id": job_id}).first()
     return None if row is None else (row.attempt, row.status)
+
+
+def error_of(connection: Connection, job_id: int) -> str | None:
+    """Return the error of a job that was not asked to stop. Primary key."""
+    found: str | None = connection.scalar(
+        select(J.error).where(J.id == bindparam("_id"), NOT_ASKED_TO_STOP), {"_id": job_id}
+    )
+    return found
 
 
 def hold(connection: Connection, token: Token) -> bool:

@@ -31,6 +31,7 @@ ORDER = (
     "models",
     "statements",
     "bulk",
+    "unique_statements",
     "tick_statements",
     "lifecycle",
     "sessions",

@@ -9,7 +9,7 @@ import pytest
 from sqlalchemy import event, insert, select, text
 from sqlalchemy.orm import Session
 
-from future_jobs import ScheduledJob, Scheduler, bulk, create_tables
+from future_jobs import ScheduledJob, Scheduler, bulk, create_tables, unique_statements
 from future_jobs import statements as st
 from future_jobs.dialects import backend_of
 from future_jobs.sources import own_engine
@@ -105,14 +105,18 @@ LOOP = {
     "claim where nothing is due": (lambda connection: claimed(connection, FUTURE._replace(first_at=NOW)), 20),
     "look for expired": (lambda connection: st.is_any_expired(connection, FUTURE, now=NOW), 20),
     "renew": (lambda connection: st.renew(connection, "the living", NOW + timedelta(minutes=2)), 60),
+    "who has a key": (lambda connection: unique_statements.holder(connection, "a key"), 20),
     "leases": (lambda connection: st.leases(connection, before=NOW, limit=100), 150),
 }
 
 
 RUN = {"status": "complete", "finished_at": NOW, "leased_by": None}
 LOOP |= {
-    "complete": lambda connection: bulk.complete_all(connection, dict.fromkeys(of_the_living(connection), "1"), RUN),
-    "hand back": lambda connection: bulk.move_all(connection, of_the_living(connection), RUN),
+    "complete": (
+        lambda connection: bulk.complete_all(connection, dict.fromkeys(of_the_living(connection), "1"), RUN),
+        200,
+    ),
+    "hand back": (lambda connection: bulk.move_all(connection, of_the_living(connection), RUN), 200),
 }
 
 
