@@ -574,7 +574,7 @@ def test_jobs_that_were_claimed_by_a_commit_whose_reply_was_lost_go_back(paralle
         )
         session.commit()
         with parallel.connect() as other:
-            if parallel.dialect.name != "sqlite":
+            if parallel.dialect.name == "postgresql":  # MariaDB scans so small a table, and waits for the row
                 other.execute(select(ScheduledJob.id).where(ScheduledJob.id == held).with_for_update())
             for _ in range(2):
                 worker._crew.leases.renew()
