@@ -84,7 +84,8 @@ class Claims:
         view, taken = list(self.view), []
         for lane, free, ahead in wishes:
             rows = self._take_for(connection, lane, view, free, most_losses=self._tolerable())
-            if len(rows) == free:
+            was_lost = any(row.losses for row in rows)  # and so may others be, for which the next slots are kept
+            if len(rows) == free and not was_lost:
                 rows += self._take_for(connection, lane, view, ahead, most_losses=0)
             taken.append((lane, rows))
         return Taken(taken, view)

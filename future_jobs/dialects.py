@@ -291,17 +291,24 @@ class Backend:
     notifies: bool  # NOTIFY, which waits for the commit
     planner: tuple[str, ...]  # what its planner must be kept from, to read no more than a claim needs
     isolation_level: str | None  # for the library's own transactions
+    level_by_statement: bool  # it is told for each, by one statement; by the session's setting it would be four
     oldest: tuple[int, ...]  # the oldest version that keeps the promises
 
-    def begin(self, connection: Connection) -> None:
-        """Begin one of the library's own transactions.
+    def isolated(self, connection: Connection) -> Connection:
+        """Return ``connection``, at the level of the library's own transactions where telling it costs nothing."""
+        if self.isolation_level is None or self.level_by_statement:
+            return connection
+        return connection.execution_options(isolation_level=self.isolation_level)
 
-        On SQLite the write lock is taken first, so that the busy timeout applies: a transaction that reads first
-        and then writes fails at once when another process wrote in between, however long the timeout.
+    def begin(self, connection: Connection, *, writing: bool) -> None:
+        """Make the transaction that has just begun one of the library's own.
+
+        On SQLite one that writes takes the write lock first, so that the busy timeout applies: a transaction that reads
+        first and then writes fails at once when another process wrote in between, however long the timeout.
         """
-        if not connection.in_transaction():
-            connection.begin()
-        if self.name == "sqlite":
+        if self.level_by_statement:
+            connection.exec_driver_sql(f"SET TRANSACTION ISOLATION LEVEL {self.isolation_level}")
+        if writing and self.name == "sqlite":
             take_write_lock(connection)
 
 
@@ -315,6 +322,7 @@ SQLITE = Backend(
     notifies=False,
     planner=(),
     isolation_level=None,
+    level_by_statement=False,
     oldest=(3, 35),
 )
 POSTGRESQL = Backend(
@@ -329,6 +337,7 @@ POSTGRESQL = Backend(
     # compiles the look for levels, which takes ten times as long as the look.
     planner=("enable_sort", "enable_bitmapscan", "jit"),
     isolation_level="READ COMMITTED",
+    level_by_statement=False,
     oldest=(12,),
 )
 MYSQL = Backend(
@@ -341,6 +350,7 @@ MYSQL = Backend(
     notifies=False,
     planner=(),
     isolation_level="READ COMMITTED",
+    level_by_statement=True,
     oldest=(8, 0, 4),  # JSON_TABLE
 )
 _BACKENDS = {"sqlite": SQLITE, "postgresql": POSTGRESQL, "mysql": MYSQL, "mariadb": MYSQL}

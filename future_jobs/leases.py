@@ -80,14 +80,10 @@ class Leases:
         A job that the database says it holds, and it knows nothing of, was claimed by a transaction whose commit was
         reported as lost. Renewed with the others it would never run: if it is still there the next time, it goes back.
         """
-        held = self._held()
-        if not held and not self._strays:
+        if not self._held() and not self._strays:
             return
         renewed = self.units.write(lambda connection: statements.renew(connection, self.worker, self.end()))
-        if renewed <= len(held):
-            self._strays = set()
-            return
-        unknown = self.units.read(lambda connection: statements.held_by(connection, self.worker)) - self._held()
+        unknown = renewed - self._held()
         lasting, self._strays = unknown & self._strays, unknown
         if lasting:
             self.units.write(lambda connection: lifecycle.release_all(connection, lasting))

@@ -119,12 +119,23 @@ _FREE: Mapping[str, Any] = {"leased_by": None, "leased_until": None}
 
 
 def settle(
-    connection: Connection, token: Token, outcome: Outcome, *, now: datetime, worker: str, delete: bool = False
+    connection: Connection,
+    token: Token,
+    outcome: Outcome,
+    *,
+    now: datetime,
+    worker: str,
+    delete: bool = False,
+    again: bool = False,
 ) -> Status | None:
     """Write how the attempt ended; return the state the job is in now, or None if the attempt no longer held it.
 
     ``delete`` removes a job that completed instead of keeping it. A job that would wait again is ``cancelled`` instead
     if it was asked to stop, or if another waits with the key that it gave up when it started.
+
+    ``again`` says that this very unit was tried before, so that a job which is already where it should go was put there
+    by a commit whose reply was lost. What shares a transaction with a handler's writes never says so: an attempt that
+    is run twice would write twice.
     """
     target, values, failure = _written(outcome, now)
     if failure is not None:
@@ -134,8 +145,7 @@ def settle(
         return target if statements.remove(connection, token) else None
     ended = _move(connection, token, target, values, now=now)
     if ended is None:
-        # An unknown commit outcome is resolved here: only this attempt can have put the job where it is.
-        return target if statements.state(connection, token.id) == (token.attempt, target) else None
+        return target if again and statements.state(connection, token.id) == (token.attempt, target) else None
     target = ended
     if failure is not None:
         _note(connection, token, failure, now=now, worker=worker)
@@ -325,10 +335,10 @@ def rescue(
 ) -> list[tuple[Row[Any], Status]]:
     """Take back jobs whose worker has not renewed its lease for ``grace`` after it ended.
 
-    Each has lost one attempt and waits again, from ``delay`` after ``now`` if that is given; after `MAX_LOSSES` it is
-    ``failed``, and ``cancelled`` if another waits with the key that it gave up.
-    Only leases in ``watched``, if that is given. Returns the rows as they were and the state they
-    are in now.
+    Each has lost one attempt and waits again: in its old place, ahead of what became due meanwhile; one that was lost
+    before from ``delay`` after ``now``. After `MAX_LOSSES` it is ``failed``, and ``cancelled`` if another waits with
+    the key that it gave up. Only leases in ``watched``, if that is given. Returns the rows as they were and the state
+    they are in now.
     """
     taken = []
     for row in statements.abandoned(connection, before=now - grace, limit=SWEEP):
@@ -344,7 +354,7 @@ def rescue(
         )
         values = {"losses": statements.J.losses + 1, "error": lost.traceback}
         if target is Status.SCHEDULED:
-            later = {"run_at": now + delay} if delay else {}
+            later = {"run_at": now + delay} if delay and row.losses else {}
             ended = _wait_again(connection, token, {**values, **later}, same, finished_at=now)
         else:
             values |= {"status": target, "finished_at": now, **_FREE}

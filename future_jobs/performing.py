@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
+from itertools import count
 from time import monotonic
 from typing import Any, NamedTuple
 
@@ -132,10 +133,13 @@ class Performer:
 
         return (status if work.finish(settle) else None), ended
 
-    def _settle(self, connection: Connection, token: Token, outcome: Outcome) -> tuple[Status | None, Outcome]:
+    def _settle(
+        self, connection: Connection, token: Token, outcome: Outcome, *, again: bool = False
+    ) -> tuple[Status | None, Outcome]:
         """Write how an attempt ended; return the state the job is in now, and how it ended then."""
         now = self.context.time()
-        status = lifecycle.settle(connection, token, outcome, now=now, worker=self.worker, delete=self.delete_completed)
+        settle = partial(lifecycle.settle, now=now, worker=self.worker, delete=self.delete_completed, again=again)
+        status = settle(connection, token, outcome)
         if status is Status.CANCELLED and not isinstance(outcome, Cancelled):
             outcome = Cancelled(lifecycle.why_cancelled(connection, token.id))
         return status, outcome
@@ -161,8 +165,15 @@ class Performer:
     def _write(self, row: Claimed, outcome: Outcome) -> tuple[Status | None, Outcome]:
         """Write an outcome by itself; with fewer words, if the database refuses those of the failure."""
         for words in _fewer_words(outcome):
+            tries = count()
+
+            def settle(
+                connection: Connection, words: Outcome = words, tries: Iterator[int] = tries
+            ) -> tuple[Status | None, Outcome]:
+                return self._settle(connection, row.token, words, again=next(tries) > 0)
+
             try:
-                return self.units.write(partial(self._settle, token=row.token, outcome=words))
+                return self.units.write(settle)
             except DBAPIError as error:
                 if is_lock_error(error) or is_disconnect(error):
                     raise

@@ -26,7 +26,7 @@ BATCH_SECONDS = 0.1  # claim what the slots can finish in about this time
 BATCH_MOST = 2_000
 TINY_SECONDS = 0.0002  # jobs this short are run one after the other
 STALL_SECONDS = 0.01  # one of them that takes longer is overtaken by the others
-CLOSED_SECONDS = 1.0  # so long may a lane be too busy to take a job that was lost before
+CLOSED_SECONDS = 0.25  # so long may a lane be too busy to take a job that was lost before
 LEARNING = 0.05  # the weight of one job in the moving average
 
 

@@ -467,14 +467,6 @@ def leases(connection: Connection, *, before: datetime, limit: int) -> list[Row[
     return list(connection.execute(_ABANDONED, {"before": before, "limit": limit}))
 
 
-def held_by(connection: Connection, worker: str) -> set[Token]:
-    """Return the tokens of all that ``worker`` runs. ix_future_jobs_running or ix_future_jobs_status."""
-    found = connection.execute(
-        select(J.id, J.attempt).where(RUNNING, J.leased_by == bindparam("worker")), {"worker": worker}
-    )
-    return {Token(*row) for row in found}
-
-
 _ABANDONED = (
     select(J.id, J.attempt, J.callable_name, J.queue, J.losses, J.leased_by, J.leased_until)
     .where(RUNNING, or_(J.leased_until.is_(None), J.leased_until < bindparam("before", type_=UTCDateTime)))
@@ -580,16 +572,18 @@ def hold(connection: Connection, token: Token) -> bool:
 _HOLD = select(J.id).where(J.id == bindparam("_id"), J.attempt == bindparam("_attempt"), RUNNING).with_for_update()
 
 
-def renew(connection: Connection, worker: str, until: datetime) -> int:
-    """Extend the lease of what ``worker`` runs; return how many. ix_future_jobs_running or ix_future_jobs_status.
+def renew(connection: Connection, worker: str, until: datetime) -> set[Token]:
+    """Extend the leases of what ``worker`` runs; return which. ix_future_jobs_running or ix_future_jobs_status.
 
     A job whose row is locked by its own transaction is passed over: a rescue would pass it over as well.
     """
-    ids = connection.scalars(_locked(connection, _LEASED), {"worker": worker}).all()
-    return _changed(connection, _RENEW, {"_ids": ids, "worker": worker, "until": until}) if ids else 0
+    tokens = {Token(*row) for row in connection.execute(_locked(connection, _LEASED), {"worker": worker})}
+    if tokens:
+        connection.execute(_RENEW, {"_ids": [token.id for token in tokens], "worker": worker, "until": until})
+    return tokens
 
 
-_LEASED = select(J.id).where(RUNNING, J.leased_by == bindparam("worker"))
+_LEASED = select(J.id, J.attempt).where(RUNNING, J.leased_by == bindparam("worker"))
 _RENEW = (
     update(JOBS)
     .where(J.id.in_(bindparam("_ids", expanding=True)), RUNNING, J.leased_by == bindparam("worker"))

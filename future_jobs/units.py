@@ -91,13 +91,10 @@ class Units:
             with self.bind.begin_nested() if self.bind.in_transaction() else self.bind.begin():
                 yield self.bind
             return
-        with self.bind.connect() as connection:
-            level = self.backend.isolation_level
-            if level is not None:
-                connection = connection.execution_options(isolation_level=level)  # noqa: PLW2901
+        with self.bind.connect() as plain:
+            connection = self.backend.isolated(plain)
             with connection.begin() as transaction:
-                if writing:
-                    self.backend.begin(connection)
+                self.backend.begin(connection, writing=writing)
                 yield connection
                 if not writing:
                     transaction.rollback()

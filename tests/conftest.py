@@ -11,6 +11,9 @@ from tests import databases, jobs, shop
 
 
 def pytest_addoption(parser):
+    group = parser.getgroup("crash lab")
+    group.addoption("--crash-long", action="store_true", help="make the long run of each test in tests/crash")
+    group.addoption("--crash-seed", type=int, help="what its random moments are made from; a failure shows it")
     parser.addoption("--plan-rows", type=int, default=20_000, help="future and finished jobs in tests/test_plans.py")
 
 

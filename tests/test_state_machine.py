@@ -7,6 +7,7 @@ model is a dictionary; after every step the database must agree with it.
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
+from functools import partial
 
 import pytest
 from hypothesis import HealthCheck, Phase, settings
@@ -158,8 +159,9 @@ class Lives(RuleBasedStateMachine):
         token=tokens,
         outcome=st.sampled_from(["complete", "complete in a batch", "fail", "retry", "snooze"]),
         minutes=st.integers(0, 5),
+        again=st.booleans(),
     )
-    def settle(self, token, outcome, minutes):
+    def settle(self, token, outcome, minutes, again):
         """By whoever holds it, or by one who was paused and no longer does."""
         model = self.jobs[token.id]
         holds = (model.status, model.attempt) == ("running", token.attempt)
@@ -174,9 +176,11 @@ class Lives(RuleBasedStateMachine):
                 "retry": Retried(BROKE, run_at),
                 "snooze": Snoozed(run_at),
             }[outcome]
-            won = self.units.write(lambda c: lifecycle.settle(c, token, written, now=self.now, worker="a")) is not None
+            settle = partial(lifecycle.settle, token=token, outcome=written, now=self.now, worker="a", again=again)
+            won = self.units.write(settle) is not None
         already = (
-            model.attempt == token.attempt
+            (again or outcome == "complete in a batch")
+            and model.attempt == token.attempt
             and {
                 "complete": "complete",
                 "complete in a batch": "complete",

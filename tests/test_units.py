@@ -1,0 +1,71 @@
+"""Units of work whose connection the server ends."""
+
+from secrets import token_hex
+
+import pytest
+from sqlalchemy import create_engine, text
+
+from future_jobs import statements
+from future_jobs.units import Units
+
+
+@pytest.fixture
+def units(shared_kind, shared_url):
+    if shared_kind == "file":
+        pytest.skip("nobody can end the connection to a file")
+    engine = create_engine(shared_url, pool_size=1)
+    yield Units(engine)
+    engine.dispose()
+
+
+@pytest.fixture
+def other(shared_url, units):
+    engine = create_engine(shared_url, isolation_level="AUTOCOMMIT")
+    with engine.connect() as connection:
+        yield connection
+    engine.dispose()
+
+
+def end(other, session_id):
+    is_postgresql = other.dialect.name == "postgresql"
+    other.execute(text("SELECT pg_terminate_backend(:id)" if is_postgresql else "KILL :id"), {"id": session_id})
+
+
+def session_id(connection):
+    is_postgresql = connection.dialect.name == "postgresql"
+    return connection.scalar(text("SELECT pg_backend_pid()" if is_postgresql else "SELECT connection_id()"))
+
+
+@pytest.mark.parametrize("kind", ["read", "write"])
+def test_a_unit_is_tried_again_when_its_connection_had_been_ended_before(units, other, kind):
+    end(other, units.read(session_id))
+    assert getattr(units, kind)(statements.newest) == 0
+
+
+@pytest.mark.parametrize("kind", ["read", "write"])
+def test_a_unit_is_tried_again_when_its_connection_is_ended_meanwhile(units, other, kind):
+    seen = []
+
+    def work(connection):
+        seen.append(session_id(connection))
+        if len(seen) == 1:
+            end(other, seen[0])
+        return statements.newest(connection)
+
+    assert getattr(units, kind)(work) == 0
+    assert len(set(seen)) == 2
+
+
+@pytest.mark.parametrize("kind", ["read", "write"])
+def test_a_unit_sees_what_others_commit_meanwhile_whatever_the_engine_is_set_to(units, other, shared_url, kind):
+    engine = create_engine(shared_url, isolation_level="REPEATABLE READ")
+
+    def look(connection):
+        found = [connection.scalar(text("SELECT count(*) FROM shop_letter"))]
+        other.execute(text("INSERT INTO shop_letter (text) VALUES (:text)"), {"text": token_hex(8)})
+        return [*found, connection.scalar(text("SELECT count(*) FROM shop_letter"))]
+
+    assert getattr(Units(engine), kind)(look) == [0, 1]
+    with engine.connect() as connection:
+        assert look(connection) == [1, 1]
+    engine.dispose()
