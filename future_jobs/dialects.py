@@ -37,6 +37,7 @@ __all__ = [
     "backend_of",
     "begin_before_savepoint",
     "claim_indexes",
+    "concurrency_index",
     "configure_sqlite",
     "job_transaction",
     "partial_index",
@@ -193,21 +194,32 @@ def partial_index(name: str, *columns: str | Column[Any], where: str, unique: bo
     return Index(name, *columns, unique=unique, postgresql_where=text(where), sqlite_where=text(where))
 
 
+_HAVE_PARTIAL: dict[str, Any] = {"dialect": ("postgresql", "sqlite")}
+_HAVE_NONE: dict[str, Any] = {"dialect": ("mysql", "mariadb")}
+
+
 def claim_indexes() -> tuple[Index, ...]:
     """Return the index that claims use, and the one that finds running jobs.
 
-    Without partial indexes, one index led by ``status`` serves both.
+    Without partial indexes, one index led by ``status`` serves both. Limited jobs are apart: however many of them must
+    wait, a claim of others does not step over one.
     """
-    partial: dict[str, Any] = {"dialect": ("postgresql", "sqlite")}
+    due = ("limited", "queue", "priority", "run_at", "id", "limited_by")
     return (
-        partial_index("ix_future_jobs_due", "queue", "priority", "run_at", "id", where="status = 'scheduled'").ddl_if(
-            **partial
-        ),
-        partial_index("ix_future_jobs_running", "leased_by", where="status = 'running'").ddl_if(**partial),
-        Index("ix_future_jobs_status", "status", "queue", "priority", "run_at", "id").ddl_if(
-            dialect=("mysql", "mariadb")  # type: ignore[arg-type]
-        ),
+        partial_index("ix_future_jobs_due", *due, where="status = 'scheduled'").ddl_if(**_HAVE_PARTIAL),
+        partial_index("ix_future_jobs_running", "leased_by", where="status = 'running'").ddl_if(**_HAVE_PARTIAL),
+        Index("ix_future_jobs_status", "status", *due).ddl_if(**_HAVE_NONE),
     )
+
+
+def concurrency_index() -> Index:
+    """Return the index that counts the running jobs of a key; what has no key is not in it.
+
+    Without partial indexes there is none, since every status change of every job would pay for it: of the index led by
+    ``status``, what runs and is limited is a small part.
+    """
+    where = "status = 'running' AND concurrency_key IS NOT NULL"
+    return partial_index("ix_future_jobs_concurrency", "concurrency_key", where=where).ddl_if(**_HAVE_PARTIAL)
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,7 +5,8 @@ index is only considered where the planner can see that the condition implies it
 
 Jobs are claimed level by level. A *level* is one ``(queue, priority)``: within it the index gives due jobs in order
 without a sort, and without stepping over jobs of another priority that are not due yet. One ``ORDER BY priority,
-run_at`` over the whole table would walk over every future job of a better priority.
+run_at`` over the whole table would walk over every future job of a better priority. Limited jobs, many of which may be
+due and must wait, are a level apart, which only ``limits.py`` claims from.
 """
 
 from __future__ import annotations
@@ -19,17 +20,22 @@ from typing import Any, NamedTuple, cast
 
 from sqlalchemy import (
     ColumnElement,
+    CompoundSelect,
     CursorResult,
     Select,
     Text,
+    and_,
     bindparam,
     delete,
     func,
     insert,
+    literal,
     literal_column,
+    not_,
     or_,
     select,
     type_coerce,
+    union_all,
     update,
 )
 from sqlalchemy.engine import Connection, Row
@@ -57,11 +63,12 @@ class Token(NamedTuple):
 
 
 class Level(NamedTuple):
-    """One queue and priority with jobs waiting in it, and when the first of them is due."""
+    """One queue and priority with jobs waiting in it, and when the first of them is due; the limited ones apart."""
 
     queue: str
     priority: int
     first_at: datetime
+    limited: bool = False
 
 
 def _is(status: Status) -> ColumnElement[bool]:
@@ -74,6 +81,7 @@ def _to(status: Status) -> ColumnElement[Any]:
 
 WAITING = _is(Status.SCHEDULED)
 RUNNING = _is(Status.RUNNING)
+LIMITED, UNLIMITED = J.limited, not_(J.limited)
 ASKED_TO_STOP = J.cancel_requested_at.is_not(None)
 NOT_ASKED_TO_STOP = J.cancel_requested_at.is_(None)
 ONE_MORE_FAILURE = J.failures + 1
@@ -223,7 +231,7 @@ def levels(connection: Connection) -> list[Level]:
     if backend_of(connection).recursive_scan:
         found = [Level(*row) for row in connection.execute(_levels_at_once())]
     else:
-        found = list(_levels_by_steps(connection))
+        found = [level for limited in (False, True) for level in _levels_by_steps(connection, limited)]
     return sorted(found, key=lambda level: (rank(level.priority), level.first_at))
 
 
@@ -233,53 +241,62 @@ def rank(priority: object) -> int:
 
 
 @cache
-def _levels_at_once() -> Select[Any]:
+def _levels_at_once() -> CompoundSelect[Any]:
+    return union_all(*(_scan(limited) for limited in (False, True)))
+
+
+def _scan(limited: bool) -> Select[Any]:
     # ix_future_jobs_due
-    queues = select(select(func.min(J.queue)).where(WAITING).scalar_subquery().label("queue")).cte(
-        "queues", recursive=True
+    waiting = and_(WAITING, LIMITED if limited else UNLIMITED)
+    queues = select(select(func.min(J.queue)).where(waiting).scalar_subquery().label("queue")).cte(
+        f"queues_{limited:d}", recursive=True
     )
     queues = queues.union_all(
         select(
-            select(func.min(J.queue)).where(WAITING, J.queue > queues.c.queue).correlate(queues).scalar_subquery()
+            select(func.min(J.queue)).where(waiting, J.queue > queues.c.queue).correlate(queues).scalar_subquery()
         ).where(queues.c.queue.is_not(None))
     )
-    best = select(func.max(J.priority)).where(WAITING, J.queue == queues.c.queue).correlate(queues).scalar_subquery()
+    best = select(func.max(J.priority)).where(waiting, J.queue == queues.c.queue).correlate(queues).scalar_subquery()
     steps = (
-        select(queues.c.queue, best.label("priority")).where(queues.c.queue.is_not(None)).cte("levels", recursive=True)
+        select(queues.c.queue, best.label("priority"))
+        .where(queues.c.queue.is_not(None))
+        .cte(f"levels_{limited:d}", recursive=True)
     )
     worse = (
         select(func.max(J.priority))
-        .where(WAITING, J.queue == steps.c.queue, J.priority < steps.c.priority)
+        .where(waiting, J.queue == steps.c.queue, J.priority < steps.c.priority)
         .correlate(steps)
         .scalar_subquery()
     )
     steps = steps.union_all(select(steps.c.queue, worse).where(steps.c.priority.is_not(None)))
     first = (
         select(func.min(J.run_at))
-        .where(WAITING, J.queue == steps.c.queue, J.priority == steps.c.priority)
+        .where(waiting, J.queue == steps.c.queue, J.priority == steps.c.priority)
         .correlate(steps)
         .scalar_subquery()
     )
-    return select(steps.c.queue, steps.c.priority, first).where(steps.c.priority.is_not(None))
+    return select(steps.c.queue, steps.c.priority, first, literal(limited)).where(steps.c.priority.is_not(None))
 
 
-def _levels_by_steps(connection: Connection) -> Iterator[Level]:
+def _levels_by_steps(connection: Connection, limited: bool) -> Iterator[Level]:
     # ix_future_jobs_status. MariaDB reads the whole index for the recursive form, and one entry for each of these.
-    queue = ""
-    while (queue := connection.scalar(_NEXT_QUEUE, {"in_queue": queue})) is not None:
-        priority = 1 << 14
-        while (priority := connection.scalar(_NEXT_PRIORITY, {"in_queue": queue, "at_priority": priority})) is not None:
-            first = connection.scalar(_FIRST_DUE, {"in_queue": queue, "at_priority": priority})
+    at: dict[str, Any] = {"is_limited": limited, "in_queue": ""}
+    while (queue := connection.scalar(_NEXT_QUEUE, at)) is not None:
+        at = {**at, "in_queue": queue, "at_priority": 1 << 14}
+        while (priority := connection.scalar(_NEXT_PRIORITY, at)) is not None:
+            at["at_priority"] = priority
+            first = connection.scalar(_FIRST_DUE, at)
             if first is not None:
-                yield Level(queue, priority, first)
+                yield Level(queue, priority, first, limited)
 
 
-_NEXT_QUEUE = select(func.min(J.queue)).where(WAITING, J.queue > bindparam("in_queue"))
+_OF_KIND = J.limited == bindparam("is_limited")
+_NEXT_QUEUE = select(func.min(J.queue)).where(WAITING, _OF_KIND, J.queue > bindparam("in_queue"))
 _NEXT_PRIORITY = select(func.max(J.priority)).where(
-    WAITING, J.queue == bindparam("in_queue"), J.priority < bindparam("at_priority")
+    WAITING, _OF_KIND, J.queue == bindparam("in_queue"), J.priority < bindparam("at_priority")
 )
 _FIRST_DUE = select(func.min(J.run_at)).where(
-    WAITING, J.queue == bindparam("in_queue"), J.priority == bindparam("at_priority")
+    WAITING, _OF_KIND, J.queue == bindparam("in_queue"), J.priority == bindparam("at_priority")
 )
 
 
@@ -361,6 +378,7 @@ def _due(backend: Backend, lost_too: bool) -> Select[Any]:
         select(J.id)
         .where(
             WAITING,
+            UNLIMITED,
             J.queue == bindparam("in_queue"),
             J.priority == bindparam("at_priority"),
             J.run_at <= bindparam("now", type_=UTCDateTime),
@@ -415,20 +433,23 @@ def expired(connection: Connection, level: Level, *, now: datetime, limit: int) 
 
     The index of the claim. Only due jobs are looked at: none expires before it is due.
     """
-    params = {"in_queue": level.queue, "at_priority": level.priority, "now": now, "limit": limit}
-    return list(connection.execute(_locked(connection, _EXPIRED), params))
+    return list(connection.execute(_locked(connection, _EXPIRED), {**_place(level), "now": now, "limit": limit}))
 
 
 def is_any_expired(connection: Connection, level: Level, *, now: datetime) -> bool:
     """Tell whether `expired` would return any; nothing is locked."""
-    params = {"in_queue": level.queue, "at_priority": level.priority, "now": now, "limit": 1}
-    return connection.execute(_EXPIRED, params).first() is not None
+    return connection.execute(_EXPIRED, {**_place(level), "now": now, "limit": 1}).first() is not None
+
+
+def _place(level: Level) -> dict[str, Any]:
+    return {"is_limited": level.limited, "in_queue": level.queue, "at_priority": level.priority}
 
 
 _EXPIRED = (
     select(J.id, J.attempt, J.callable_name, J.queue, J.run_at, J.expires_at)
     .where(
         WAITING,
+        _OF_KIND,
         J.queue == bindparam("in_queue"),
         J.priority == bindparam("at_priority"),
         J.run_at <= bindparam("now", type_=UTCDateTime),
