@@ -504,18 +504,18 @@ def invoke(
     kwargs: Mapping[str, Any],
     *,
     leading: Iterable[Any],
-    supply: Mapping[str, Callable[[], Any]],
+    supply: Callable[[str], Any],
 ) -> Any:
     """Call ``function`` with ``leading``, ``args`` and ``kwargs``.
 
-    Parameters annotated ``Session`` or ``ScheduledJob`` that the caller left out get what ``supply["session"]()`` or
-    ``supply["job"]()`` returns; a function marked by `job_as_parameter` gets the job first.
+    Parameters annotated ``Session`` or ``ScheduledJob`` that the caller left out get what ``supply("session")`` or
+    ``supply("job")`` returns; a function marked by `job_as_parameter` gets the job first.
     """
     plan = _plan_of(function)
     positional = [*leading, *args]
     if plan.wants_job:
-        positional.insert(0, supply["job"]())
+        positional.insert(0, supply("job"))
     if plan.supplied:
         given = {*plan.positional[: len(positional)], *kwargs}
-        kwargs = {**{name: supply[kind]() for name, kind in plan.supplied.items() if name not in given}, **kwargs}
+        kwargs = {**{name: supply(kind) for name, kind in plan.supplied.items() if name not in given}, **kwargs}
     return function(*positional, **kwargs)

@@ -92,8 +92,12 @@ class UTCDateTime(TypeDecorator[datetime]):
         return _utc_as_text if _keeps_text(dialect) else super().bind_processor(dialect)
 
     def result_processor(self, dialect: Dialect, coltype: object) -> Callable[[Any], Any] | None:
-        """Return what converts a column's value: in one step for SQLite."""
-        return _utc_from_text if _keeps_text(dialect) else super().result_processor(dialect, coltype)
+        """Return what converts a column's value, in one step."""
+        if _keeps_text(dialect):
+            return _utc_from_text
+        if dialect.name == "sqlite":
+            return super().result_processor(dialect, coltype)
+        return _utc_from_aware if dialect.name == "postgresql" else _utc_from_naive
 
 
 def _keeps_text(dialect: Dialect) -> bool:
@@ -108,6 +112,14 @@ def _utc_as_text(value: datetime | Unreadable | None) -> object:
     if value.tzinfo is None:
         raise ValueError(f"{value!r} has no time zone; instants are stored as aware datetimes only")
     return value.astimezone(UTC).isoformat(" ", "microseconds").removesuffix("+00:00")
+
+
+def _utc_from_aware(value: datetime | None) -> datetime | None:
+    return None if value is None else value.astimezone(UTC)
+
+
+def _utc_from_naive(value: datetime | None) -> datetime | None:
+    return None if value is None else value.replace(tzinfo=UTC)
 
 
 def _utc_from_text(value: str | None) -> datetime | Unreadable | None:

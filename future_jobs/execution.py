@@ -16,7 +16,6 @@ from time import monotonic
 from types import TracebackType
 from typing import Any
 
-from sqlalchemy.engine import Row
 from sqlalchemy.orm import make_transient_to_detached
 from sqlalchemy.orm.attributes import set_committed_value
 
@@ -28,6 +27,7 @@ from .lifecycle import Cancelled, Completed, Failed, Failure, Outcome, Released,
 from .models import ScheduledJob, loaded
 from .retries import Cancel, Retry, Snooze
 from .sessions import JobSession
+from .statements import AS_TEXT, Claimed
 from .status import Status
 from .times import resolve as resolve_when
 
@@ -36,11 +36,6 @@ __all__ = ["Context", "Running", "current_job", "failed", "run", "running"]
 _COMPLETED = Completed()
 _TYPE_LENGTH = 255
 _MESSAGE_LENGTH = 2000
-
-
-def plainly(work: JobSession, call: Callable[[], Any]) -> Any:  # noqa: ARG001
-    """Call ``call``, with nothing around it."""
-    return call()
 
 
 def ticking(start: datetime) -> Callable[[], datetime]:
@@ -59,7 +54,7 @@ class Context:
     timezone: tzinfo | None
     now: Callable[[], datetime] | None = None  # what "now" is for handlers, if it is not simply now
     is_interrupted: bool = False  # by a real Ctrl-C
-    around: Callable[[JobSession, Callable[[], Any]], Any] = plainly
+    around: Callable[[JobSession, Callable[[], Any]], Any] | None = None
     functions: dict[str, Callable[..., Any]] = field(default_factory=dict)
     asked_to_stop: set[int] = field(default_factory=set)  # jobs cancelled by handlers of this pass
     requeued: set[int] = field(default_factory=set)  # jobs that wait again, for the next pass
@@ -74,18 +69,25 @@ class Context:
 class Running:
     """The job being run, as handlers see it."""
 
-    def __init__(self, row: Row[Any], work: JobSession, context: Context) -> None:
+    def __init__(self, row: Claimed, open_session: Callable[[Claimed], JobSession], context: Context) -> None:
         self.row = row
-        self.work = work
         self.context = context
-        self.options = _options(row)
+        self.opened: JobSession | None = None
+        self._open_session = open_session
+
+    @property
+    def work(self) -> JobSession:
+        """The job's Session and transaction, made when they are first asked for: most jobs never do."""
+        if self.opened is None:
+            self.opened = self._open_session(self.row)
+        return self.opened
 
     @cached_property
     def job(self) -> ScheduledJob:
         """The job's row as an object of its Session, made from what the claim returned: nothing is read."""
         job = ScheduledJob()
-        for name, value in self.row._mapping.items():  # noqa: SLF001 (the public name of a row's mapping)
-            decode = name in {"args", "kwargs", "options", "tags"} and value is not None
+        for name, value in self.row._asdict().items():
+            decode = name in AS_TEXT and value is not None
             set_committed_value(job, name, json.loads(value) if decode else value)
         set_committed_value(job, "status", Status.RUNNING)
         make_transient_to_detached(job)
@@ -101,16 +103,11 @@ class Running:
         if row.content_type is None:
             function = context.function(row.callable_name)
         else:
-            function, leading = self._bound(
-                payloads.load_reference(row.content_type, row.content_key, load=self._load, permit=context.check_class)
+            content = payloads.load_reference(
+                row.content_type, row.content_key or "null", load=self._load, permit=context.check_class
             )
-        result = invoke(
-            function,
-            args,
-            kwargs,
-            leading=leading,
-            supply={"job": lambda: self.job, "session": lambda: self.work.session},
-        )
+            function, leading = self._bound(content)
+        result = invoke(function, args, kwargs, leading=leading, supply=self._supply)
         return _awaited(result) if result is not None and inspect.isawaitable(result) else result
 
     def _arguments(self) -> tuple[list[Any], dict[str, Any]]:
@@ -122,6 +119,9 @@ class Running:
             )
         return args, kwargs
 
+    def _supply(self, kind: str) -> Any:
+        return self.job if kind == "job" else self.work.session
+
     def _bound(self, content: Any) -> tuple[Callable[..., Any], list[Any]]:
         name, check = self.row.callable_name, self.context.check
         if "." not in name and content is not None:
@@ -131,7 +131,7 @@ class Running:
         return (function, [content]) if method is None else (bound_method(content, method, check), [])
 
     def _load(self, cls: type, identity: tuple[Any, ...]) -> Any:
-        return loaded(self.work.session, cls, identity, required=self.options.get("missing") != "none")
+        return loaded(self.work.session, cls, identity, required=_options(self.row).get("missing") != "none")
 
 
 def _awaited(result: Awaitable[Any]) -> Any:
@@ -147,14 +147,17 @@ def _awaited(result: Awaitable[Any]) -> Any:
         return thread.submit(copy_context().run, asyncio.run, wait()).result()
 
 
-def _check_readable(row: Row[Any]) -> None:
-    if Unreadable in {type(row.run_at), type(row.nominal_at), type(row.expires_at), type(row.created_at)}:
+def _check_readable(row: Claimed) -> None:
+    if not (type(row.run_at) is type(row.nominal_at) is type(row.created_at) is datetime) or isinstance(
+        row.expires_at, Unreadable
+    ):
         times = {name: getattr(row, name) for name in ("run_at", "nominal_at", "expires_at", "created_at")}
         wrong = {name: value.text for name, value in times.items() if isinstance(value, Unreadable)}
         raise PayloadUnreadable(f"the row holds what is no time: {shown(wrong)}")
+    _options(row)
 
 
-def _options(row: Row[Any]) -> Mapping[str, Any]:
+def _options(row: Claimed) -> Mapping[str, Any]:
     if row.options is None:
         return {}
     try:
@@ -181,36 +184,34 @@ def current_job() -> ScheduledJob | None:
     return None if now_running is None else now_running.job
 
 
-def run(row: Row[Any], work: JobSession, context: Context) -> Outcome:
+def run(this: Running) -> Outcome:
     """Run a claimed job and return how it ended.
 
     Whatever a handler raises becomes an outcome, SystemExit included; only a real interrupt passes through.
     """
-    token = None
+    context = this.context
+    token = running.set(this)
     try:
-        this = Running(row, work, context)
-        token = running.set(this)
-        result = context.around(work, this.call)
-        work.flush()
-        return _returned(row, result, work, context)
+        result = this.call() if context.around is None else context.around(this.work, this.call)
+        if this.opened is not None:
+            this.opened.flush()
+        return _COMPLETED if result is None else _returned(this, result)
     except BaseException as error:
         if context.is_interrupted and isinstance(error, KeyboardInterrupt):
             raise
-        return failed(row, error, context)
+        return failed(this.row, error, context)
     finally:
-        if token is not None:
-            running.reset(token)
+        running.reset(token)
 
 
-def _returned(row: Row[Any], result: Any, work: JobSession, context: Context) -> Outcome:
-    if result is None:
-        return _COMPLETED
+def _returned(this: Running, result: Any) -> Outcome:
     if isinstance(result, Snooze | Retry | Cancel):
-        return replace(_asked(row, result, context, _options(row)), keeps_writes=True)
-    return Completed(*payloads.encode_result(result, session=work.session if work.was_used else None))
+        return replace(_asked(this.row, result, this.context, _options(this.row)), keeps_writes=True)
+    session = this.opened.session if this.opened is not None and this.opened.was_used else None
+    return Completed(*payloads.encode_result(result, session=session))
 
 
-def failed(row: Row[Any], error: BaseException, context: Context) -> Outcome:
+def failed(row: Claimed, error: BaseException, context: Context) -> Outcome:
     """Return what follows from ``error``: another try, the end, or nothing charged where the database was busy."""
     try:
         options = _options(row)
@@ -235,7 +236,7 @@ def failed(row: Row[Any], error: BaseException, context: Context) -> Outcome:
 
 
 def _asked(
-    row: Row[Any], wish: Snooze | Retry | Cancel, context: Context, options: Mapping[str, Any]
+    row: Claimed, wish: Snooze | Retry | Cancel, context: Context, options: Mapping[str, Any]
 ) -> Cancelled | Snoozed | Failed | Retried:
     if isinstance(wish, Cancel):
         return Cancelled(payloads.sanitise(wish.reason))
@@ -245,7 +246,7 @@ def _asked(
 
 
 def _again(
-    row: Row[Any], error: BaseException, failure: Failure, context: Context, options: Mapping[str, Any]
+    row: Claimed, error: BaseException, failure: Failure, context: Context, options: Mapping[str, Any]
 ) -> Failed | Retried:
     failures = row.failures + 1
     when = error.when if isinstance(error, Retry) else None

@@ -21,14 +21,14 @@ from datetime import datetime, timedelta
 from time import monotonic
 from typing import Any
 
-from sqlalchemy.engine import Connection, Row
+from sqlalchemy.engine import Connection
 
 from . import events, execution, lifecycle, statements, ticks
 from .errors import JobAborted
 from .lifecycle import Failed
 from .performing import Ended, Performer, tell, told
 from .sessions import JobSession
-from .statements import Level, Token
+from .statements import Claimed, Level
 from .status import Status
 from .times import utc_now
 from .units import Units
@@ -74,7 +74,7 @@ class Pass:
     def __init__(
         self,
         units: Units,
-        open_session: Callable[[Row[Any]], JobSession],
+        open_session: Callable[[Claimed], JobSession],
         context: execution.Context,
         *,
         now: datetime,
@@ -95,7 +95,7 @@ class Pass:
         self._began = monotonic()
         self._newest = 0
         self._groups: list[list[_Place]] = []  # by priority; within one, a place for each queue
-        self._unstarted: deque[Row[Any]] = deque()
+        self._unstarted: deque[Claimed] = deque()
         self._done: list[Ended] = []
         self._done_since = 0.0
         self._seconds: dict[str, float] = {}  # how long the last run of a callable took
@@ -168,7 +168,7 @@ class Pass:
             return False  # nothing to write: no lock is taken
         done, self._done = self._done, []
 
-        def work(connection: Connection) -> tuple[list[Ended], list[Row[Any]], list[list[_Place]]]:
+        def work(connection: Connection) -> tuple[list[Ended], list[Claimed], list[list[_Place]]]:
             ended = self.performer.complete(connection, done)
             return ended, *self._take(connection, wanted)
 
@@ -190,8 +190,8 @@ class Pass:
         self._unstarted = deque(row for row in rows if row.id not in requeued) if again else deque(rows)
         return bool(rows)
 
-    def _take(self, connection: Connection, wanted: int) -> tuple[list[Row[Any]], list[list[_Place]]]:
-        rows: list[Row[Any]] = []
+    def _take(self, connection: Connection, wanted: int) -> tuple[list[Claimed], list[list[_Place]]]:
+        rows: list[Claimed] = []
         groups = [list(group) for group in self._groups]
         while groups and len(rows) < wanted:
             share = math.ceil((wanted - len(rows)) / len(groups[0]))  # queues of one priority take turns
@@ -207,7 +207,7 @@ class Pass:
             rows.sort(key=lambda row: (statements.rank(row.priority), row.run_at, row.id))
         return rows, groups
 
-    def _take_from(self, connection: Connection, place: _Place, limit: int) -> list[Row[Any]]:
+    def _take_from(self, connection: Connection, place: _Place, limit: int) -> list[Claimed]:
         return statements.claim(
             connection,
             place.level,
@@ -222,7 +222,7 @@ class Pass:
 
     # --- running
 
-    def _perform(self, row: Row[Any]) -> None:
+    def _perform(self, row: Claimed) -> None:
         if self._done and (
             monotonic() - self._done_since > ACK_SECONDS
             or self._seconds.get(row.callable_name, ACK_SECONDS) >= ACK_SECONDS
@@ -282,8 +282,8 @@ class Pass:
             self._release(self._unstarted, "the pass ended before its turn")
             self._unstarted.clear()
 
-    def _release(self, rows: Iterable[Row[Any]], reason: str) -> None:
-        tokens = [Token(row.id, row.attempt) for row in rows]
+    def _release(self, rows: Iterable[Claimed], reason: str) -> None:
+        tokens = [row.token for row in rows]
         self.units.write(lambda connection: lifecycle.release_all(connection, tokens))
         for row in rows:
             tell("released", row, attempt=row.attempt, reason=reason)

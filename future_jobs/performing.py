@@ -11,14 +11,15 @@ from dataclasses import replace
 from time import monotonic
 from typing import Any, NamedTuple
 
-from sqlalchemy.engine import Connection, Row
+from sqlalchemy.engine import Connection
 from sqlalchemy.exc import DBAPIError
 
 from . import events, execution, lifecycle, statements
 from .dialects import is_disconnect, is_lock_error
+from .execution import Running
 from .lifecycle import Cancelled, Completed, Failed, Failure, Outcome, Released, Retried, Snoozed
 from .sessions import JobSession
-from .statements import Token
+from .statements import Claimed, Token
 from .status import Status
 from .units import Units, pause
 
@@ -31,7 +32,7 @@ SECONDS_WHEN_LOCKED = 15.0  # no other try begins after
 class Ended(NamedTuple):
     """How the run of a claimed job ended, and the state it is in: None if it had gone to another meanwhile."""
 
-    row: Row[Any]
+    row: Claimed
     outcome: Outcome
     seconds: float
     status: Status | None = None
@@ -41,7 +42,7 @@ class Ended(NamedTuple):
     @property
     def token(self) -> Token:
         """The fencing token of the attempt."""
-        return Token(self.row.id, self.row.attempt)
+        return self.row.token
 
 
 class Performer:
@@ -50,7 +51,7 @@ class Performer:
     def __init__(
         self,
         units: Units,
-        open_session: Callable[[Row[Any]], JobSession],
+        open_session: Callable[[Claimed], JobSession],
         context: execution.Context,
         *,
         worker: str,
@@ -62,7 +63,7 @@ class Performer:
         self.worker = worker
         self.delete_completed = delete_completed
 
-    def perform(self, row: Row[Any]) -> Ended:
+    def perform(self, row: Claimed) -> Ended:
         """Run a claimed job; again, uncharged, a few times if only a lock was in its way."""
         began = monotonic()
         if row.id in self.context.asked_to_stop and self._was_cancelled(row):
@@ -94,11 +95,12 @@ class Performer:
 
     # --- one attempt
 
-    def _attempt(self, row: Row[Any], began: float) -> Ended:
-        work = self.open_session(row)
+    def _attempt(self, row: Claimed, began: float) -> Ended:
+        this = Running(row, self.open_session, self.context)
         try:
-            outcome = execution.run(row, work, self.context)
-            if not (outcome.keeps_writes and work.was_used):
+            outcome = execution.run(this)
+            work = this.opened
+            if work is None or not (outcome.keeps_writes and work.was_used):
                 return Ended(row, outcome, monotonic() - began, is_written=False)
             try:
                 return Ended(row, outcome, monotonic() - began, self._finish(row, work, outcome))
@@ -109,11 +111,12 @@ class Performer:
                 outcome = execution.failed(row, error, self.context)
                 return Ended(row, outcome, monotonic() - began, is_written=False)
         finally:
-            work.close()
+            if this.opened is not None:
+                this.opened.close()
 
-    def _finish(self, row: Row[Any], work: JobSession, outcome: Outcome) -> Status | None:
+    def _finish(self, row: Claimed, work: JobSession, outcome: Outcome) -> Status | None:
         """Commit what the handler wrote together with its outcome; None if the job had gone to another meanwhile."""
-        token = Token(row.id, row.attempt)
+        token = row.token
         status: Status | None = None
 
         def settle(connection: Connection) -> bool:
@@ -134,21 +137,21 @@ class Performer:
             return True
         return bool(self.units.read(lambda connection: statements.holds(connection, [token])))
 
-    def _settled(self, row: Row[Any]) -> Status | None:
+    def _settled(self, row: Claimed) -> Status | None:
         """Return the state that a commit of unknown outcome has left, None if it did not happen."""
         found = self.units.read(lambda connection: statements.state(connection, row.id))
         if found is None or found[0] != row.attempt or found[1] is Status.RUNNING:
             return None
         return Status(found[1])
 
-    def _was_cancelled(self, row: Row[Any]) -> bool:
+    def _was_cancelled(self, row: Claimed) -> bool:
         """End a claimed job that another handler of this process cancelled, before it starts."""
-        token, now = Token(row.id, row.attempt), self.context.time()
+        token, now = row.token, self.context.time()
         return self.units.write(lambda connection: lifecycle.deliver_cancel(connection, token, now=now))
 
-    def _write(self, row: Row[Any], outcome: Outcome) -> Status | None:
+    def _write(self, row: Claimed, outcome: Outcome) -> Status | None:
         """Write an outcome by itself; with fewer words, if the database refuses those of the failure."""
-        token = Token(row.id, row.attempt)
+        token = row.token
         for words in _fewer_words(outcome):
 
             def settle(connection: Connection, words: Outcome = words) -> Status | None:
@@ -175,7 +178,7 @@ def _fewer_words(outcome: Outcome) -> Iterator[Outcome]:
 # --- telling ------------------------------------------------------------------------------------------------------
 
 
-def tell(event: str, row: Row[Any], **data: Any) -> None:
+def tell(event: str, row: Any, **data: Any) -> None:
     """Emit ``event`` about the job of ``row``."""
     events.emit(event, job_id=row.id, callable_name=row.callable_name, queue=row.queue, **data)
 

@@ -9,7 +9,7 @@ from functools import partial
 from typing import Any, Unpack
 
 from sqlalchemy import Select, select
-from sqlalchemy.engine import Connection, Engine, Row
+from sqlalchemy.engine import Connection, Engine
 from sqlalchemy.exc import InvalidRequestError, UnboundExecutionError
 from sqlalchemy.orm import Session, scoped_session
 
@@ -301,7 +301,7 @@ class Scheduler(Schedules):
             time=execution.ticking(start) if given is None else partial(_same, given),
             timezone=self.timezone,
             now=now_for_handlers,
-            around=InRegistry(self.session) if isinstance(self.session, scoped_session) else execution.plainly,
+            around=InRegistry(self.session) if isinstance(self.session, scoped_session) else None,
         )
         try:
             return Pass(
@@ -317,9 +317,9 @@ class Scheduler(Schedules):
         finally:
             self._forget()
 
-    def _open(self, make: Callable[[], Session], bind: Engine | Connection, row: Row[Any]) -> JobSession:
+    def _open(self, make: Callable[[], Session], bind: Engine | Connection, row: statements.Claimed) -> JobSession:
         joined = row.options is None or '"transaction":"own"' not in row.options
-        hold = partial(statements.hold, token=statements.Token(row.id, row.attempt))
+        hold = partial(statements.hold, token=row.token)
         return JobSession(make, bind, hold=hold, joined=joined, info={SCHEDULER: self})
 
     # --- helpers

@@ -9,11 +9,10 @@ from concurrent.futures import Executor, Future
 from datetime import datetime
 from queue import SimpleQueue
 from time import monotonic
-from typing import Any, ParamSpec, TypeVar
-
-from sqlalchemy.engine import Row
+from typing import ParamSpec, TypeVar
 
 from .errors import InvalidOption, shown
+from .statements import Claimed
 
 __all__ = ["Lane", "Threads", "lanes_of"]
 
@@ -35,7 +34,7 @@ class Lane:
         self.slots = slots
         self.prefetch = prefetch
         self.busy = 0
-        self._waiting: list[tuple[int, datetime, int, Row[Any]]] = []  # a heap: priority, then time
+        self._waiting: list[tuple[int, datetime, int, Claimed]] = []  # a heap: priority, then time
         self._average = BATCH_SECONDS
         self._is_new = True
         self._open_at = monotonic()
@@ -56,7 +55,7 @@ class Lane:
         most = self._most()
         return (free, most - max(held, self.slots)) if held <= most // 2 else (free, 0)
 
-    def add(self, rows: Iterable[Row[Any]]) -> None:
+    def add(self, rows: Iterable[Claimed]) -> None:
         """Let claimed jobs wait for a slot."""
         for row in rows:
             heapq.heappush(self._waiting, (-row.priority, row.run_at, row.id, row))
@@ -67,7 +66,7 @@ class Lane:
         self.busy += taken
         return taken
 
-    def next(self) -> Row[Any] | None:
+    def next(self) -> Claimed | None:
         """Return the next job for a slot; None, and the slot is free, if there is none."""
         if self._waiting:
             return heapq.heappop(self._waiting)[-1]
@@ -83,7 +82,7 @@ class Lane:
         self._average += (seconds - self._average) * (1 if self._is_new else 0.05)
         self._is_new = False
 
-    def clear(self) -> list[Row[Any]]:
+    def clear(self) -> list[Claimed]:
         """Return what waits, which does so no more."""
         waiting, self._waiting = [entry[-1] for entry in self._waiting], []
         return waiting

@@ -48,7 +48,7 @@ from .dialects import Backend, Encoded, UTCDateTime, backend_of
 from .models import JobFailure, ScheduledJob
 from .status import Status
 
-__all__ = ["Level", "Token"]
+__all__ = ["Claimed", "Level", "Token"]
 
 JOBS = cast("Table", ScheduledJob.__table__)
 FAILURES = cast("Table", JobFailure.__table__)
@@ -60,6 +60,36 @@ class Token(NamedTuple):
 
     id: int
     attempt: int
+
+
+class Claimed(NamedTuple):
+    """A job as its claim returned it: what a run needs. Times of a row edited by hand may be `Unreadable`."""
+
+    id: int
+    attempt: int
+    callable_name: str
+    args: str
+    kwargs: str
+    content_type: str | None
+    content_key: str | None
+    options: str | None
+    tags: str | None
+    queue: str
+    priority: int
+    run_at: datetime
+    nominal_at: datetime
+    expires_at: datetime | None
+    created_at: datetime
+    max_attempts: int
+    failures: int
+    losses: int
+    snoozes: int
+    recurring_id: int | None
+
+    @property
+    def token(self) -> Token:
+        """The fencing token of the attempt."""
+        return Token(self.id, self.attempt)
 
 
 class Level(NamedTuple):
@@ -88,17 +118,8 @@ ONE_MORE_FAILURE = J.failures + 1
 # A null expiry is "never". A job whose expiry equals now still runs.
 NOT_EXPIRED = or_(J.expires_at.is_(None), J.expires_at >= bindparam("now", type_=UTCDateTime))
 
-_AS_TEXT = {"args", "kwargs", "options", "tags"}  # decoded once, by the room that needs them
-CLAIMED = tuple(
-    type_coerce(column, Text).label(column.name) if column.name in _AS_TEXT else column
-    for column in JOBS.c
-    if column.name
-    in {
-        *_AS_TEXT,
-        *("id", "attempt", "callable_name", "content_type", "content_key", "queue", "priority", "run_at", "nominal_at"),
-        *("expires_at", "max_attempts", "failures", "losses", "snoozes", "created_at", "recurring_id"),
-    }
-)
+AS_TEXT = {"args", "kwargs", "options", "tags"}  # JSON, decoded once, by the room that needs it
+CLAIMED = tuple(type_coerce(J[name], Text).label(name) if name in AS_TEXT else J[name] for name in Claimed._fields)
 
 
 # --- adding -------------------------------------------------------------------------------------------------------
@@ -345,7 +366,7 @@ def claim(
     leased_until: datetime,
     started_at: datetime | None = None,
     lost_too: bool = True,
-) -> list[Row[Any]]:
+) -> list[Claimed]:
     """Take up to ``limit`` due jobs of ``level`` that come after ``after``, in order of ``(run_at, id)``.
 
     Rows that another claimer holds are skipped, never waited for. Jobs that were lost before can be left out.
@@ -362,9 +383,9 @@ def claim(
     }
     taken = {"worker": worker, "until": leased_until, "started": started_at or now}
     if backend.returning:
-        rows = list(connection.execute(_claim_at_once(backend, lost_too), {**found, **taken}))
+        rows = [*map(Claimed._make, connection.execute(_claim_at_once(backend, lost_too), {**found, **taken}))]
         return sorted(rows, key=attrgetter("run_at", "id"))  # RETURNING promises no order
-    rows = list(connection.execute(_due_rows(backend, lost_too), found))
+    rows = [*map(Claimed._make, connection.execute(_due_rows(backend, lost_too), found))]
     if rows:
         connection.execute(_claim_by_id(), {"ids": [row.id for row in rows], **taken})
     return rows

@@ -25,7 +25,7 @@ from time import monotonic
 from typing import Any
 
 from sqlalchemy import URL
-from sqlalchemy.engine import Connection, Engine, Row
+from sqlalchemy.engine import Connection, Engine
 from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.orm import scoped_session, sessionmaker
 
@@ -43,7 +43,7 @@ from .scheduler import Scheduler
 from .sessions import InRegistry, JobSession
 from .slots import Lane, Threads, lanes_of
 from .sources import opened, own_engine, refuse_small_pool, seconds_of
-from .statements import Level, Token
+from .statements import Claimed, Level, Token
 from .status import Status
 from .times import utc_now
 
@@ -104,7 +104,7 @@ class Worker:
         self.engine, self._make, self._owns_engine = opened(source, connections=sum(self.queues.values()))
         scoped = self._make if isinstance(self._make, scoped_session) else None
         self.scheduler = Scheduler(scoped or self._make(), timezone=timezone, allow=allow)
-        self._around = execution.plainly if scoped is None else InRegistry(scoped)
+        self._around = None if scoped is None else InRegistry(scoped)
         self._given_executor = executor
         self._pid = os.getpid()
         if is_single_connection(self.engine):
@@ -124,7 +124,7 @@ class Worker:
             refuse_small_pool(self.engine, sum(self.queues.values()))
         self._alarm = wakeups.Alarm()
         self._lock = threading.Lock()  # of the lanes, and of what is held, started and done
-        self._held: dict[Token, Row[Any]] = {}
+        self._held: dict[Token, Claimed] = {}
         self._done: list[Ended] = []
         self._view: list[Level] = []
         self._stale_after = 0.0
@@ -245,7 +245,7 @@ class Worker:
     def _settle_and_claim(self, crew: _Crew, done: list[Ended], wishes: list[tuple[Lane, int, int]]) -> int:
         completions = [ended for ended in done if not ended.is_written]
 
-        def work(connection: Connection) -> tuple[list[Ended], list[tuple[Lane, list[Row[Any]]]], list[Level]]:
+        def work(connection: Connection) -> tuple[list[Ended], list[tuple[Lane, list[Claimed]]], list[Level]]:
             ended = crew.performer.complete(connection, completions)
             return ended, *self._take(crew, connection, wishes)
 
@@ -259,7 +259,7 @@ class Worker:
         with self._lock:
             for lane, rows in taken:
                 lane.add(rows)
-                self._held.update((Token(row.id, row.attempt), row) for row in rows)
+                self._held.update((row.token, row) for row in rows)
         claimed = [row for _, rows in taken for row in rows]
         if events.wanted("claimed"):
             for row in claimed:
@@ -278,7 +278,7 @@ class Worker:
 
     def _take(
         self, crew: _Crew, connection: Connection, wishes: list[tuple[Lane, int, int]]
-    ) -> tuple[list[tuple[Lane, list[Row[Any]]]], list[Level]]:
+    ) -> tuple[list[tuple[Lane, list[Claimed]]], list[Level]]:
         """Claim what is wished for; return it, and the levels as they are now known to be."""
         view, taken = list(self._view), []
         for lane, free, ahead in wishes:
@@ -290,9 +290,9 @@ class Worker:
 
     def _take_for(
         self, crew: _Crew, connection: Connection, lane: Lane, view: list[Level], wanted: int, *, lost_too: bool
-    ) -> list[Row[Any]]:
+    ) -> list[Claimed]:
         now = crew.context.time()
-        rows: list[Row[Any]] = []
+        rows: list[Claimed] = []
         due = [level for level in view if level.first_at <= now and self._lane_of(level.queue) is lane]
         for _, group in groupby(due, key=lambda level: level.priority):
             levels = list(group)
@@ -312,9 +312,7 @@ class Worker:
                         )
         return rows
 
-    def _claim(
-        self, crew: _Crew, connection: Connection, level: Level, limit: int, *, lost_too: bool
-    ) -> list[Row[Any]]:
+    def _claim(self, crew: _Crew, connection: Connection, level: Level, limit: int, *, lost_too: bool) -> list[Claimed]:
         return statements.claim(
             connection,
             level,
@@ -348,7 +346,7 @@ class Worker:
             except Exception:
                 events.logger.exception("what became of job %s could not be written; it will run again", row.id)
                 with self._lock:
-                    self._held.pop(Token(row.id, row.attempt), None)  # the leases take back what nobody holds
+                    self._held.pop(row.token, None)  # the leases take back what nobody holds
                 continue
             with self._lock:
                 lane.learn(ended.seconds)
@@ -359,7 +357,7 @@ class Worker:
             if is_first:
                 self._alarm.ring(after=ACK_SECONDS)
 
-    def _next(self, lane: Lane) -> Row[Any] | None:
+    def _next(self, lane: Lane) -> Claimed | None:
         with self._lock:
             row = lane.next()
             is_low = lane.is_low()
@@ -367,14 +365,14 @@ class Worker:
             self._alarm.ring()
         return row
 
-    def _perform(self, crew: _Crew, row: Row[Any]) -> Ended:
+    def _perform(self, crew: _Crew, row: Claimed) -> Ended:
         try:
             if row.content_type is None:
                 crew.context.function(row.callable_name)
         except CallableNotFound:
             # Another process may know it, while a new version is rolled out; or this one after its restart.
             later = Snoozed(crew.context.time() + UNKNOWN_DELAY)
-            token = Token(row.id, row.attempt)
+            token = row.token
             status = crew.units.write(
                 lambda connection: lifecycle.settle(connection, token, later, now=crew.context.time(), worker=crew.name)
             )
@@ -471,10 +469,10 @@ class Worker:
             crew.watch.start()
         return crew
 
-    def _open_session(self, row: Row[Any]) -> JobSession:
+    def _open_session(self, row: Claimed) -> JobSession:
         joined = row.options is None or '"transaction":"own"' not in row.options
         make = self._make.session_factory if isinstance(self._make, scoped_session) else self._make
-        hold = partial(statements.hold, token=Token(row.id, row.attempt))
+        hold = partial(statements.hold, token=row.token)
         return JobSession(make, self.engine, hold=hold, joined=joined, info={SCHEDULER: self.scheduler})
 
     def _tokens(self) -> set[Token]:
@@ -566,10 +564,10 @@ class Worker:
             unfinished = list(self._held.values())
         self._release(crew, unfinished, "the worker stopped and could not wait for it")
 
-    def _release(self, crew: _Crew, rows: list[Row[Any]], reason: str) -> None:
+    def _release(self, crew: _Crew, rows: list[Claimed], reason: str) -> None:
         if not rows:
             return
-        tokens = [Token(row.id, row.attempt) for row in rows]
+        tokens = [row.token for row in rows]
         crew.units.write(lambda connection: lifecycle.release_all(connection, tokens))
         with self._lock:
             for token in tokens:
@@ -606,7 +604,7 @@ class _Interrupted(KeyboardInterrupt):
 class _Waiting(Performer):
     """A Performer that tries a job again once the database answers, however long that takes."""
 
-    def _attempt(self, row: Row[Any], began: float) -> Ended:
+    def _attempt(self, row: Claimed, began: float) -> Ended:
         ended = super()._attempt(row, began)
         while isinstance(ended.outcome, Released):
             asked = monotonic()
