@@ -16,11 +16,13 @@ from datetime import UTC, datetime, timedelta
 from typing import Any
 
 from sqlalchemy import BigInteger, DateTime, Index, Integer, Text, event, text
-from sqlalchemy.dialects import mysql, postgresql
+from sqlalchemy import insert as plain_insert
+from sqlalchemy.dialects import mysql, postgresql, sqlite
 from sqlalchemy.engine import Connection, Dialect, Engine, Transaction
 from sqlalchemy.exc import DBAPIError, OperationalError
 from sqlalchemy.pool import SingletonThreadPool, StaticPool
-from sqlalchemy.schema import Column
+from sqlalchemy.schema import Column, Table
+from sqlalchemy.sql.dml import Insert
 from sqlalchemy.types import TypeDecorator, TypeEngine
 
 from .errors import NotSupported
@@ -39,6 +41,7 @@ __all__ = [
     "claim_indexes",
     "concurrency_index",
     "configure_sqlite",
+    "insert_unless_there",
     "job_transaction",
     "partial_index",
 ]
@@ -299,6 +302,15 @@ def backend_of(bind: Engine | Connection | Dialect) -> Backend:
         return _BACKENDS[name]
     except KeyError:
         raise NotSupported(f"{name} is not supported; use SQLite, PostgreSQL, MySQL or MariaDB") from None
+
+
+def insert_unless_there(backend: Backend, table: Table) -> Insert:
+    """Return an INSERT that leaves a row with the same key as it is."""
+    if backend is MYSQL:
+        return plain_insert(table).prefix_with("IGNORE")
+    if backend is SQLITE:
+        return sqlite.insert(table).on_conflict_do_nothing()
+    return postgresql.insert(table).on_conflict_do_nothing()
 
 
 def check_version(connection: Connection) -> None:

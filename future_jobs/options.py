@@ -8,15 +8,18 @@ from difflib import get_close_matches
 from typing import Any, Literal, TypedDict
 
 from .errors import InvalidArgument, InvalidOption, UnknownOption, shown
+from .rates import parse_rate
 from .retries import BackoffOption, dump_backoff, dump_exceptions
 from .times import When
 
-__all__ = ["MAX_PRIORITY", "MAX_QUEUE", "JobOptions", "checked", "checked_word", "run_options"]
+__all__ = ["MAX_PRIORITY", "MAX_QUEUE", "JobOptions", "checked", "checked_word", "limit_columns", "run_options"]
 
 MAX_PRIORITY = 100
 MAX_QUEUE = 100
 MAX_ATTEMPTS = 1_000_000
 MAX_TAGS = 50
+MAX_KEY = 255
+MAX_CONCURRENCY = 1_000_000
 
 Exceptions = type[BaseException] | str | Sequence[type[BaseException] | str]
 
@@ -34,6 +37,9 @@ class JobOptions(TypedDict, total=False):
     discard_on: Exceptions
     transaction: Literal["job", "own"]
     missing: Literal["fail", "discard", "none"]
+    concurrency_key: str | None
+    concurrency_limit: int
+    rate_limit: str | None
     tags: Iterable[str]
 
 
@@ -61,6 +67,30 @@ def run_options(options: Mapping[str, Any]) -> dict[str, Any] | None:
     return kept or None
 
 
+def limit_columns(options: Mapping[str, Any], queue: str) -> dict[str, Any]:
+    """Return the columns that say what holds a job back besides its time, from the checked ``options``.
+
+    Jobs of one ``limited_by`` are held back together, and by the same; see ``limits.py``.
+    """
+    key, rate = options.get("concurrency_key"), options.get("rate_limit")
+    limit = options.get("concurrency_limit", 1) if key is not None else None
+    if key is None and "concurrency_limit" in options:
+        raise InvalidOption(
+            "concurrency_limit says how many jobs of a concurrency_key may run at once; give that as well",
+            argument="concurrency_limit",
+            value=options["concurrency_limit"],
+        )
+    limited = key is not None or rate is not None
+    place = f"queue:{queue}" if key is None else f"key:{key}"
+    return {
+        "concurrency_key": key,
+        "concurrency_limit": limit,
+        "rate_limit": rate,
+        "limited_by": f"{limit or '-'} {rate or '-'} {place}" if limited else None,
+        "limited": limited,
+    }
+
+
 _RUN = {"backoff": None, "retry_on": None, "discard_on": None, "transaction": "job", "missing": "fail"}
 
 
@@ -83,13 +113,13 @@ def _integer(lowest: int, highest: int) -> Any:
     return check
 
 
-def checked_word(name: str, value: Any) -> str:
+def checked_word(name: str, value: Any, longest: int = MAX_QUEUE) -> str:
     """Return ``value``, the name of a queue or a tag; raise for what is none."""
     if not isinstance(value, str):
         raise InvalidArgument(f"{name} is {shown(value)}; pass text", argument=name, value=value)
-    if not 1 <= len(value) <= MAX_QUEUE or value != value.strip() or any(map(_is_control, value)):
+    if not 1 <= len(value) <= longest or value != value.strip() or any(map(_is_control, value)):
         raise InvalidOption(
-            f"{name} is {shown(value)}; use 1 to {MAX_QUEUE} printable characters, no space at the ends",
+            f"{name} is {shown(value)}; use 1 to {longest} printable characters, no space at the ends",
             argument=name,
             value=value,
         )
@@ -120,6 +150,10 @@ def _tags(name: str, value: Any) -> list[str]:
     return tags
 
 
+def _or_none(check: Any) -> Any:
+    return lambda name, value: None if value is None else check(name, value)
+
+
 _CHECKS = {
     "queue": checked_word,
     "priority": _integer(-MAX_PRIORITY, MAX_PRIORITY),
@@ -130,4 +164,7 @@ _CHECKS = {
     "transaction": _one_of("job", "own"),
     "missing": _one_of("fail", "discard", "none"),
     "tags": _tags,
+    "concurrency_key": _or_none(lambda name, value: checked_word(name, value, MAX_KEY)),
+    "concurrency_limit": _integer(1, MAX_CONCURRENCY),
+    "rate_limit": _or_none(lambda name, value: str(parse_rate(value, argument=name))),
 }

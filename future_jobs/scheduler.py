@@ -18,7 +18,7 @@ from .callables import Allow, Call, describe, permit, permit_classes, plain_argu
 from .dialects import Encoded, begin_before_savepoint, cannot_roll_back, is_autocommit
 from .errors import InvalidArgument, InvalidOption, UsageError, shown
 from .models import SCHEDULER, RecurringJob, ScheduledJob
-from .options import JobOptions, checked, checked_word, run_options
+from .options import JobOptions, checked, checked_word, limit_columns, run_options
 from .passes import Pass, RunReport
 from .schedules import Schedules
 from .sessions import AnySession, InRegistry, JobSession, checked_session, session_maker
@@ -179,6 +179,7 @@ class Scheduler(Schedules):
                 given["content_object"], session=self._own()
             )
         row["options"] = {**(job.options or {}), **(run_options(given) or {})} or None
+        row |= limit_columns({**_limits_of(job), **given}, row["queue"])
         if "expires" in given:
             expires_at = resolve_expiry(given["expires"], run_at=run_at, timezone=self.timezone)
         else:
@@ -346,6 +347,7 @@ class Scheduler(Schedules):
             "queue": chosen.get("queue", "default"),
             "priority": chosen.get("priority", 0),
             "max_attempts": chosen.get("max_attempts", 1),
+            **limit_columns(chosen, chosen.get("queue", "default")),
             "run_at": run_at,
             "nominal_at": run_at,
             "expires_at": expires_at,
@@ -437,6 +439,11 @@ class Scheduler(Schedules):
         for held in list(session.identity_map.values()):
             if isinstance(held, ScheduledJob | RecurringJob):
                 session.expire(held)
+
+
+def _limits_of(job: ScheduledJob) -> dict[str, Any]:
+    names = ("concurrency_key", "concurrency_limit", "rate_limit")
+    return {name: value for name in names if (value := getattr(job, name)) is not None}
 
 
 def _same(value: datetime) -> datetime:

@@ -391,6 +391,23 @@ def claim(
     return rows
 
 
+def lock_waiting(connection: Connection, ids: Sequence[int], *, now: datetime) -> list[Claimed]:
+    """Return those of ``ids`` that may be claimed, as `take` will leave them, locked where that is possible.
+
+    Primary key. Rows that others hold are left out.
+    """
+    rows = connection.execute(_locked(connection, _STILL_WAITING), {"ids": ids, "now": now})
+    return [*map(Claimed._make, rows)]
+
+
+def take(
+    connection: Connection, ids: Sequence[int], *, worker: str, leased_until: datetime, started_at: datetime
+) -> None:
+    """Claim jobs that `lock_waiting` returned. Primary key."""
+    taken = {"worker": worker, "until": leased_until, "started": started_at}
+    connection.execute(_claim_by_id(), {"ids": ids, **taken})
+
+
 @cache
 def _due(backend: Backend, lost_too: bool) -> Select[Any]:
     # ix_future_jobs_due, or ix_future_jobs_status: equality on queue and priority, a range on run_at, no sort.
@@ -417,9 +434,12 @@ def _due(backend: Backend, lost_too: bool) -> Select[Any]:
 
 @cache
 def _due_rows(backend: Backend, lost_too: bool) -> Select[Any]:
-    # What the rows will hold once `_claim_by_id` has taken them.
-    columns = ((J.attempt + 1).label("attempt") if column is J.attempt else column for column in CLAIMED)
-    return _due(backend, lost_too).with_only_columns(*columns)
+    return _due(backend, lost_too).with_only_columns(*_AS_CLAIMED)
+
+
+# What the rows will hold once `_claim_by_id` has taken them.
+_AS_CLAIMED = tuple((J.attempt + 1).label("attempt") if column is J.attempt else column for column in CLAIMED)
+_STILL_WAITING = select(*_AS_CLAIMED).where(J.id.in_(bindparam("ids", expanding=True)), WAITING, NOT_EXPIRED)
 
 
 def _taken() -> dict[str, Any]:

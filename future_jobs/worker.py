@@ -17,7 +17,7 @@ import threading
 from collections.abc import AsyncIterator, Iterable, Iterator, Mapping
 from concurrent.futures import Executor, Future
 from contextlib import asynccontextmanager, contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime, timedelta, tzinfo
 from functools import partial
 from itertools import groupby
@@ -35,6 +35,7 @@ from .dialects import is_single_connection
 from .errors import CallableNotFound, DatabaseBusy, InvalidOption, NotSupported, shown
 from .leases import Leases
 from .lifecycle import Released, Snoozed
+from .limits import Limits
 from .models import SCHEDULER
 from .passes import worker_name
 from .patience import PatientUnits
@@ -196,7 +197,8 @@ class Worker:
         def look(connection: Connection) -> tuple[list[Level], list[Level]]:
             found = [level for level in statements.levels(connection) if self._lane_of(level.queue)]
             due = [level for level in found if level.first_at <= now] if monotonic() >= crew.expire_at else []
-            return found, [level for level in due if statements.is_any_expired(connection, level, now=now)]
+            startable = crew.limits.startable(connection, found, now=now)
+            return startable, [level for level in due if statements.is_any_expired(connection, level, now=now)]
 
         self._stale_after = monotonic() + LOOK_SECONDS  # what wakes it meanwhile makes it stale again
         began = monotonic()
@@ -256,11 +258,14 @@ class Worker:
                 self._done += done
             raise
         self._settled([each for each in done if each.is_written] + ended)
+        if crew.limits.freed(each.row.id for each in done):
+            self._wake()
         with self._lock:
             for lane, rows in taken:
                 lane.add(rows)
                 self._held.update((row.token, row) for row in rows)
         claimed = [row for _, rows in taken for row in rows]
+        crew.limits.took(claimed)
         if events.wanted("claimed"):
             for row in claimed:
                 tell("claimed", row, attempt=row.attempt, worker=crew.name)
@@ -294,6 +299,8 @@ class Worker:
         now = crew.context.time()
         rows: list[Claimed] = []
         due = [level for level in view if level.first_at <= now and self._lane_of(level.queue) is lane]
+        if not lost_too:  # ahead of a free slot
+            due = [level for level in due if not level.limited]
         for _, group in groupby(due, key=lambda level: level.priority):
             levels = list(group)
             while levels and len(rows) < wanted:
@@ -313,6 +320,15 @@ class Worker:
         return rows
 
     def _claim(self, crew: _Crew, connection: Connection, level: Level, limit: int, *, lost_too: bool) -> list[Claimed]:
+        if level.limited:
+            return crew.limits.claim(
+                connection,
+                level,
+                limit=limit,
+                now=crew.context.time(),
+                worker=crew.name,
+                leased_until=crew.leases.end(),
+            )
         return statements.claim(
             connection,
             level,
@@ -626,6 +642,7 @@ class _Crew:
     leases: Leases
     watch: wakeups.Watch
     executor: Executor | None
+    limits: Limits = field(default_factory=Limits)
     measure_at: float = 0.0
     prune_at: float = 0.0
     expire_at: float = 0.0
