@@ -96,8 +96,8 @@ def _due(without_some: bool) -> Select[Any]:
 def running(connection: Connection, keys: Iterable[str]) -> dict[str, int]:
     """Return how many jobs of each of ``keys`` run. ix_future_jobs_concurrency or ix_future_jobs_status."""
     wanted = list(keys)
-    found = connection.execute(_RUNNING, {"keys": wanted}).tuples() if wanted else ()
-    return dict.fromkeys(wanted, 0) | dict(found)
+    found = connection.execute(_RUNNING, {"keys": wanted}) if wanted else ()
+    return dict.fromkeys(wanted, 0) | _pairs(found)
 
 
 _OF_KEYS = and_(RUNNING, LIMITED, J.concurrency_key.in_(bindparam("keys", expanding=True)))
@@ -115,7 +115,7 @@ def holders(connection: Connection, key: str) -> list[int]:
 def starts(connection: Connection, names: Iterable[str]) -> dict[str, str | None]:
     """Return the starts that are counted under each of ``names``, as the text that is stored."""
     wanted = list(names)
-    return dict(connection.execute(_STARTS, {"names": wanted}).tuples()) if wanted else {}
+    return _pairs(connection.execute(_STARTS, {"names": wanted})) if wanted else {}
 
 
 def lock(connection: Connection, names: Sequence[str]) -> dict[str, str | None]:
@@ -127,7 +127,7 @@ def lock(connection: Connection, names: Sequence[str]) -> dict[str, str | None]:
     if missing := sorted(set(names) - starts(connection, names).keys()):
         connection.execute(_insert_limit(backend), [{"name": name} for name in missing])
     statement = _STARTS.with_for_update(skip_locked=True) if backend.skip_locked else _STARTS
-    return dict(connection.execute(statement, {"names": names}).tuples())
+    return _pairs(connection.execute(statement, {"names": names}))
 
 
 _STARTS = select(LIMITS.c.name, type_coerce(LIMITS.c.starts, Text)).where(
@@ -159,7 +159,7 @@ def forget_limits(connection: Connection, *, before: datetime) -> int:
 
 def paused(connection: Connection) -> dict[str, datetime]:
     """Return the queues that are paused, and since when."""
-    return dict(connection.execute(select(QUEUES.c.name, QUEUES.c.paused_at)).tuples())
+    return _pairs(connection.execute(select(QUEUES.c.name, QUEUES.c.paused_at)))
 
 
 def pause(connection: Connection, queue: str, *, now: datetime) -> bool:
@@ -197,3 +197,7 @@ def unregister(connection: Connection, names: Iterable[str]) -> None:
 def workers(connection: Connection) -> list[Row[Any]]:
     """Return the rows of all workers, the oldest first. Reads the whole table, which has one row a worker."""
     return list(connection.execute(select(WORKERS).order_by(WORKERS.c.started_at, WORKERS.c.name)))
+
+
+def _pairs(rows: Iterable[Any]) -> dict[Any, Any]:
+    return {row[0]: row[1] for row in rows}

@@ -1,10 +1,10 @@
 """Jobs that must wait for others, however long they are due: a key of which so many may run at once, or a rate.
 
 They are a level of their own (see ``statements.py``), and claimed in two steps. *Looking* reads: the first that are
-due, in order, of groups that are not full; what is left out costs an entry of the index, and is remembered, since there may
-be a hundred thousand of it. *Claiming* writes: it locks the `Limit` of each key, so that no two claimers count the same
-free place, counts what runs, and takes what still fits. The running jobs are the count, so whatever ends a job, or
-takes it back from a worker that died, frees its place.
+due, in order, of groups that are not full; what is left out costs an entry of the index each, and is remembered, since
+there may be a hundred thousand of it. *Claiming* writes: it locks the `Limit` of each key, so that no two claimers
+count the same free place, counts what runs, and takes what still fits. The running jobs are the count, so whatever ends
+a job, or takes it back from a worker that died, frees its place.
 """
 
 from __future__ import annotations
@@ -34,6 +34,7 @@ SOON = timedelta(seconds=0.1)  # until a look that could not see everything goes
 PATIENCE = 20.0  # a look from the beginning is not repeated for so many times the time it took
 ROUNDS = 4  # tries to find, in one claim, what others do not hold
 NO_LIMIT = (1 << 63) - 1
+ANY_LOSSES = (1 << 31) - 1
 
 
 @dataclass(slots=True)
@@ -121,6 +122,7 @@ class Limits:
         worker: str,
         leased_until: datetime,
         started_at: datetime | None = None,
+        most_losses: int = ANY_LOSSES,
     ) -> list[Claimed]:
         """Take up to ``limit`` of the jobs that the last look at ``level`` has found, and that still may start.
 
@@ -135,7 +137,7 @@ class Limits:
             if not picked:
                 break
             tried.update(row.id for row in picked)
-            claimed = _fitting(connection, place, picked, now=now, at=at)
+            claimed = _fitting(connection, place, picked, now=now, at=at, most_losses=most_losses)
             if claimed:
                 ids = [row.id for row in claimed]
                 statements.take(connection, ids, worker=worker, leased_until=leased_until, started_at=at)
@@ -229,13 +231,16 @@ def _pick(place: _Place, number: int, tried: set[int]) -> list[Waiting]:
 
 
 def _fitting(
-    connection: Connection, place: _Place, picked: list[Waiting], *, now: datetime, at: datetime
+    connection: Connection, place: _Place, picked: list[Waiting], *, now: datetime, at: datetime, most_losses: int
 ) -> list[Claimed]:
     """Return those of ``picked`` that may start, locked, and write down the starts that a rate counts."""
     texts = limit_statements.lock(connection, sorted({row.limit_name for row in picked}))
     mine = [row for row in picked if row.limit_name in texts]
     place.full |= {row.limited_by: (row, None) for row in picked if row.limit_name not in texts}
-    found = {row.id: row for row in statements.lock_waiting(connection, [row.id for row in mine], now=now)}
+    found = {
+        row.id: row
+        for row in statements.lock_waiting(connection, [row.id for row in mine], now=now, most_losses=most_losses)
+    }
     place.seen = [row for row in place.seen if row not in mine or row.id in found]
     running = limit_statements.running(connection, _keys(mine))
     starts = {name: Starts(text) for name, text in texts.items()}

@@ -1,43 +1,54 @@
-"""What a worker's slots are: lanes of jobs that wait for one, and the threads behind them."""
+"""What a worker's slots are: lanes of jobs that wait for one, and the threads behind them.
+
+Jobs that take no time get one thread for many of them: ten would only fight for the interpreter. If what it runs turns
+out to take longer than it used to, the others start as well.
+"""
 
 from __future__ import annotations
 
-import heapq
 import threading
+from collections import deque
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Executor, Future
-from datetime import datetime
 from queue import SimpleQueue
 from time import monotonic
 from typing import ParamSpec, TypeVar
 
 from .errors import InvalidOption, shown
-from .statements import Claimed
+from .statements import Claimed, rank
 
-__all__ = ["Lane", "Threads", "lanes_of"]
+__all__ = ["STALL_SECONDS", "Lane", "Threads", "lanes_of"]
 
 P = ParamSpec("P")
 T = TypeVar("T")
 
 BATCH_SECONDS = 0.1  # claim what the slots can finish in about this time
-BATCH_MOST = 500
+BATCH_MOST = 1_000
+TINY_SECONDS = 0.0002  # jobs this short are run one after the other
+STALL_SECONDS = 0.01  # one of them that takes longer is overtaken by the others
 CLOSED_SECONDS = 1.0  # so long may a lane be too busy to take a job that was lost before
+LEARNING = 0.05  # the weight of one job in the moving average
 
 
 class Lane:
     """One entry of a worker's ``queues``: how many of its jobs may run at once, and those that wait for a slot.
 
-    Not safe by itself: its worker holds a lock.
+    Slots take from it without a lock: each `deque.popleft` gives a job to one of them. ``ring`` is called when it runs
+    low, and when a slot is free again.
     """
 
     def __init__(self, slots: int, prefetch: int | None) -> None:
         self.slots = slots
         self.prefetch = prefetch
         self.busy = 0
-        self._waiting: list[tuple[int, datetime, int, Claimed]] = []  # a heap: priority, then time
+        self.ring: Callable[[], None] = lambda: None
+        self._waiting: deque[Claimed] = deque()
+        self._lock = threading.Lock()
         self._average = BATCH_SECONDS
         self._is_new = True
-        self._open_at = monotonic()
+        self._is_low = False  # and was said to be
+        self._low = 0
+        self._open_at = self._moved_at = monotonic()
 
     def room(self) -> tuple[int, int]:
         """Return how many jobs the free slots can take, and how many it is worth to hold ahead of these.
@@ -56,41 +67,82 @@ class Lane:
         return (free, most - max(held, self.slots)) if held <= most // 2 else (free, 0)
 
     def add(self, rows: Iterable[Claimed]) -> None:
-        """Let claimed jobs wait for a slot."""
-        for row in rows:
-            heapq.heappush(self._waiting, (-row.priority, row.run_at, row.id, row))
+        """Let claimed jobs wait for a slot, the better priority first, then the earlier time."""
+        with self._lock:
+            if not self._waiting:
+                self._moved_at = monotonic()
+            merged = [*self._drained(), *rows]
+            merged.sort(key=_order)
+            self._low = self._most() // 2
+            self._waiting.extend(merged)
+            self._is_low = False
 
-    def take_slots(self) -> int:
-        """Take the free slots for which there is something to do; return how many."""
-        taken = max(0, min(self.slots - self.busy, len(self._waiting)))
-        self.busy += taken
-        return taken
+    def hire(self) -> int:
+        """Take as many free slots as what waits is worth; return how many."""
+        with self._lock:
+            wanted = len(self._waiting)
+            if self._average < TINY_SECONDS and monotonic() - self._moved_at < STALL_SECONDS:
+                wanted = min(wanted, 1 - self.busy)
+            taken = max(0, min(self.slots - self.busy, wanted))
+            self.busy += taken
+            return taken
 
     def next(self) -> Claimed | None:
         """Return the next job for a slot; None, and the slot is free, if there is none."""
-        if self._waiting:
-            return heapq.heappop(self._waiting)[-1]
-        self.busy -= 1
-        return None
+        while True:
+            try:
+                row = self._waiting.popleft()
+            except IndexError:
+                with self._lock:  # what waits may just be put in order
+                    if self._waiting:
+                        continue
+                    self.busy -= 1
+                self.ring()
+                return None
+            if len(self._waiting) <= self._low and not self._is_low:
+                self._is_low = True
+                self.ring()
+            return row
 
-    def is_low(self) -> bool:
-        """Tell, once, that it is time to claim more."""
-        return self.busy + len(self._waiting) == self._most() // 2
+    def leave(self) -> None:
+        """Free the slot of a thread that ended otherwise."""
+        with self._lock:
+            self.busy -= 1
+        self.ring()
 
-    def learn(self, seconds: float) -> None:
-        """Take note of how long a job took."""
-        self._average += (seconds - self._average) * (1 if self._is_new else 0.05)
+    @property
+    def may_stall(self) -> bool:
+        """Whether jobs wait although slots are free: those of one that takes no time, as far as one knows."""
+        return bool(self._waiting) and self.busy < self.slots
+
+    def learn(self, seconds: float, count: int) -> None:
+        """Take note of how long ``count`` jobs took together."""
+        weight = 1 if self._is_new else 1 - (1 - LEARNING) ** count
+        self._average += (seconds / count - self._average) * weight
         self._is_new = False
+        self._moved_at = monotonic()
 
     def clear(self) -> list[Claimed]:
         """Return what waits, which does so no more."""
-        waiting, self._waiting = [entry[-1] for entry in self._waiting], []
-        return waiting
+        with self._lock:
+            return self._drained()
+
+    def _drained(self) -> list[Claimed]:
+        rows = []
+        while True:
+            try:
+                rows.append(self._waiting.popleft())
+            except IndexError:
+                return rows
 
     def _most(self) -> int:
         if self.prefetch is not None:
             return self.slots + self.prefetch
         return max(self.slots, min(BATCH_MOST, int(self.slots * BATCH_SECONDS / max(self._average, 1e-5))))
+
+
+def _order(row: Claimed) -> tuple[object, ...]:
+    return rank(row.priority), row.run_at, row.id
 
 
 def lanes_of(queues: Mapping[str, int], prefetch: int | None) -> dict[str, Lane]:

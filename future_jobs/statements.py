@@ -365,11 +365,12 @@ def claim(
     worker: str,
     leased_until: datetime,
     started_at: datetime | None = None,
-    lost_too: bool = True,
+    most_losses: int = 1 << 30,
 ) -> list[Claimed]:
     """Take up to ``limit`` due jobs of ``level`` that come after ``after``, in order of ``(run_at, id)``.
 
-    Rows that another claimer holds are skipped, never waited for. Jobs that were lost before can be left out.
+    Rows that another claimer holds are skipped, never waited for; so are jobs that were lost more than ``most_losses``
+    times.
     """
     backend = backend_of(connection)
     found = {
@@ -378,25 +379,26 @@ def claim(
         "after_at": after[0],
         "after_id": after[1],
         "newest": newest,
+        "most_losses": most_losses,
         "now": now,
         "limit": limit,
     }
     taken = {"worker": worker, "until": leased_until, "started": started_at or now}
     if backend.returning:
-        rows = [*map(Claimed._make, connection.execute(_claim_at_once(backend, lost_too), {**found, **taken}))]
+        rows = [*map(Claimed._make, connection.execute(_claim_at_once(backend), {**found, **taken}))]
         return sorted(rows, key=attrgetter("run_at", "id"))  # RETURNING promises no order
-    rows = [*map(Claimed._make, connection.execute(_due_rows(backend, lost_too), found))]
+    rows = [*map(Claimed._make, connection.execute(_due_rows(backend), found))]
     if rows:
         connection.execute(_claim_by_id(), {"ids": [row.id for row in rows], **taken})
     return rows
 
 
-def lock_waiting(connection: Connection, ids: Sequence[int], *, now: datetime) -> list[Claimed]:
+def lock_waiting(connection: Connection, ids: Sequence[int], *, now: datetime, most_losses: int) -> list[Claimed]:
     """Return those of ``ids`` that may be claimed, as `take` will leave them, locked where that is possible.
 
     Primary key. Rows that others hold are left out.
     """
-    rows = connection.execute(_locked(connection, _STILL_WAITING), {"ids": ids, "now": now})
+    rows = connection.execute(_locked(connection, _STILL_WAITING), {"ids": ids, "now": now, "most_losses": most_losses})
     return [*map(Claimed._make, rows)]
 
 
@@ -409,7 +411,7 @@ def take(
 
 
 @cache
-def _due(backend: Backend, lost_too: bool) -> Select[Any]:
+def _due(backend: Backend) -> Select[Any]:
     # ix_future_jobs_due, or ix_future_jobs_status: equality on queue and priority, a range on run_at, no sort.
     after_at = bindparam("after_at", type_=UTCDateTime)
     due = (
@@ -423,23 +425,25 @@ def _due(backend: Backend, lost_too: bool) -> Select[Any]:
             J.run_at >= after_at,
             or_(J.run_at > after_at, J.id > bindparam("after_id")),
             J.id <= bindparam("newest"),
+            J.losses <= bindparam("most_losses"),
             NOT_EXPIRED,
         )
         .order_by(J.run_at, J.id)
         .limit(bindparam("limit"))
     )
-    due = due if lost_too else due.where(J.losses == 0)
     return due.with_for_update(skip_locked=True) if backend.skip_locked else due
 
 
 @cache
-def _due_rows(backend: Backend, lost_too: bool) -> Select[Any]:
-    return _due(backend, lost_too).with_only_columns(*_AS_CLAIMED)
+def _due_rows(backend: Backend) -> Select[Any]:
+    return _due(backend).with_only_columns(*_AS_CLAIMED)
 
 
 # What the rows will hold once `_claim_by_id` has taken them.
 _AS_CLAIMED = tuple((J.attempt + 1).label("attempt") if column is J.attempt else column for column in CLAIMED)
-_STILL_WAITING = select(*_AS_CLAIMED).where(J.id.in_(bindparam("ids", expanding=True)), WAITING, NOT_EXPIRED)
+_STILL_WAITING = select(*_AS_CLAIMED).where(
+    J.id.in_(bindparam("ids", expanding=True)), WAITING, NOT_EXPIRED, J.losses <= bindparam("most_losses")
+)
 
 
 def _taken() -> dict[str, Any]:
@@ -454,13 +458,13 @@ def _taken() -> dict[str, Any]:
 
 
 @cache
-def _claim_at_once(backend: Backend, lost_too: bool) -> Update:
+def _claim_at_once(backend: Backend) -> Update:
     statement = update(JOBS).values(_taken()).returning(*CLAIMED)
     if not backend.skip_locked:
-        return statement.where(J.id.in_(_due(backend, lost_too).correlate(None)))
+        return statement.where(J.id.in_(_due(backend).correlate(None)))
     # The rows are chosen in a CTE that is materialized: joined, or as an IN-subselect, it may be run again for each
     # row, and then takes more than its LIMIT.
-    chosen = _due(backend, lost_too).cte("chosen").prefix_with("MATERIALIZED", dialect=backend.name)
+    chosen = _due(backend).cte("chosen").prefix_with("MATERIALIZED", dialect=backend.name)
     return statement.where(J.id == chosen.c.id)
 
 

@@ -15,9 +15,8 @@ import os
 import signal
 import threading
 from collections.abc import AsyncIterator, Iterable, Iterator, Mapping
-from concurrent.futures import Executor, Future
+from concurrent.futures import Executor
 from contextlib import asynccontextmanager, contextmanager, suppress
-from dataclasses import dataclass, field
 from datetime import datetime, timedelta, tzinfo
 from functools import partial
 from itertools import groupby
@@ -31,18 +30,20 @@ from sqlalchemy.orm import scoped_session, sessionmaker
 
 from . import events, execution, lifecycle, schema, statements, ticks, wakeups
 from .callables import Allow
+from .claims import Claims, Taken, Wish
+from .crew import Crew, PatientPerformer, opener
 from .dialects import is_single_connection
-from .errors import CallableNotFound, DatabaseBusy, InvalidOption, NotSupported, shown
+from .errors import DatabaseBusy, InvalidOption, NotSupported, shown
 from .leases import Leases
 from .lifecycle import Released, Snoozed
-from .limits import Limits
 from .models import SCHEDULER
 from .passes import worker_name
 from .patience import PatientUnits
-from .performing import Ended, Performer, tell, told
+from .performing import Ended, tell, told
+from .runners import Here, InThreads, Outbox, Runner
 from .scheduler import Scheduler
-from .sessions import InRegistry, JobSession
-from .slots import Lane, Threads, lanes_of
+from .sessions import InRegistry
+from .slots import STALL_SECONDS, Threads, lanes_of
 from .sources import opened, own_engine, refuse_small_pool, seconds_of
 from .statements import Claimed, Level, Token
 from .status import Status
@@ -55,12 +56,8 @@ Source = Engine | URL | str | sessionmaker[Any] | scoped_session[Any]
 ACK_SECONDS = 0.01  # a completion waits at most this long, or for the next claim
 LOOK_SECONDS = 0.1  # while busy, how long a job of a better priority may go unseen
 MISSED_SECONDS = 0.02  # until the next try, when others hold what is due
-MEASURE_SECONDS = 60.0  # between two looks at the database's clock
-UNKNOWN_DELAY = timedelta(minutes=1)  # until a job is tried again whose callable this process does not know
-AWAY_SECONDS = 1.0  # a database that takes longer to answer was away
 PRUNE_SECONDS = 3600.0
 PRUNE_LIMIT = 5_000
-NO_LIMIT = (1 << 63) - 1
 
 
 class Worker:
@@ -124,17 +121,15 @@ class Worker:
         else:
             refuse_small_pool(self.engine, sum(self.queues.values()))
         self._alarm = wakeups.Alarm()
-        self._lock = threading.Lock()  # of the lanes, and of what is held, started and done
         self._held: dict[Token, Claimed] = {}
-        self._done: list[Ended] = []
-        self._view: list[Level] = []
         self._stale_after = 0.0
         self._misses = 0
         self._deadline = math.inf
-        self._problem: BaseException | None = None
-        self._crew: _Crew | None = None
+        self._crew: Crew | None = None
         self._loop: threading.Thread | None = None
         self._closed = threading.Event()
+        for lane in self.lanes.values():
+            lane.ring = self._alarm.ring
 
     # --- the loop
 
@@ -144,14 +139,21 @@ class Worker:
         Where nothing has finished and nothing is due it only reads.
         """
         crew = self._opened()
-        if self._problem is not None:
-            raise self._problem
-        if monotonic() >= self._stale_after:
-            self._look(crew)
-        done = self._collect()
-        wishes = [] if self.is_stopping else self._wishes()
-        claimed = self._settle_and_claim(crew, done, wishes) if done or wishes else 0
-        self._submit(crew)
+        if crew.runner.problem is not None:
+            raise crew.runner.problem
+        done = crew.outbox.take()
+        try:
+            if monotonic() >= self._stale_after or any(
+                ended.is_written for ended in done
+            ):  # it may have scheduled more
+                self._look(crew)
+            wishes = [] if self.is_stopping else crew.claims.wishes(self.max_jobs - len(self._held) - self.ran)
+            claimed = self._settle_and_claim(crew, done, wishes) if done or wishes else 0
+        except BaseException:
+            crew.outbox.put_back(done)
+            raise
+        for lane in self.lanes.values():
+            crew.runner.start(lane)
         return self._delay(crew, wanted=bool(wishes), claimed=claimed)
 
     def run(self, *, timeout: str | timedelta = "30s") -> None:
@@ -179,30 +181,32 @@ class Worker:
 
     # --- looking
 
-    def _look(self, crew: _Crew) -> None:
+    def _look(self, crew: Crew) -> None:
         """See which levels have jobs waiting; expire what is too late. Writes nothing where nothing is."""
         if monotonic() >= crew.measure_at:
             crew.measure()
         if self.retention is not None and monotonic() >= crew.prune_at:
             self._prune(crew, self.retention)
-        now = crew.context.time()
+        now = crew.now()
         crew.context.requeued.clear()  # of no use to a loop, and it would grow
         if crew.context.asked_to_stop:
             crew.context.asked_to_stop.intersection_update({token.id for token in self._tokens()})
+        for token in crew.outbox.take_lost():
+            self._forget(crew, token)
 
         if monotonic() >= crew.tick_at:
             ticks.tick(crew.units, now=now)
             crew.tick_at = monotonic() + self.poll
 
         def look(connection: Connection) -> tuple[list[Level], list[Level]]:
-            found = [level for level in statements.levels(connection) if self._lane_of(level.queue)]
+            found = crew.claims.levels(connection)
             due = [level for level in found if level.first_at <= now] if monotonic() >= crew.expire_at else []
-            startable = crew.limits.startable(connection, found, now=now)
+            startable = crew.claims.startable(connection, found)
             return startable, [level for level in due if statements.is_any_expired(connection, level, now=now)]
 
         self._stale_after = monotonic() + LOOK_SECONDS  # what wakes it meanwhile makes it stale again
         began = monotonic()
-        self._view, late = crew.units.read(look)
+        crew.claims.view, late = crew.units.read(look)
         if began >= crew.expire_at:  # that reads all that is due: seldom, where it takes long
             crew.expire_at = monotonic() + max(self.poll, 20 * (monotonic() - began))
         for level in late:
@@ -210,7 +214,7 @@ class Worker:
                 tell("expired", row, run_at=row.run_at, expires_at=row.expires_at)
             crew.expire_at = self._stale_after = 0.0
 
-    def _prune(self, crew: _Crew, retention: timedelta) -> None:
+    def _prune(self, crew: Crew, retention: timedelta) -> None:
         before = crew.context.time() - retention
 
         def work(connection: Connection) -> int:
@@ -219,210 +223,62 @@ class Worker:
         more = crew.units.write(work) == PRUNE_LIMIT
         crew.prune_at = monotonic() + (0 if more else min(PRUNE_SECONDS, retention.total_seconds()))
 
-    def _lane_of(self, queue: str) -> Lane | None:
-        return self.lanes.get(queue) or self.lanes.get("*")
-
     # --- settling and claiming
 
-    def _collect(self) -> list[Ended]:
-        with self._lock:
-            done, self._done = self._done, []
-        return done
-
-    def _wishes(self) -> list[tuple[Lane, int, int]]:
-        """Return the lanes that can use more of what is due: how many for free slots, and how many ahead of those."""
-        now, left = self._crew.context.time(), self.max_jobs - len(self._held) - self.ran  # type: ignore[union-attr]
-        due = {id(self._lane_of(level.queue)) for level in self._view if level.first_at <= now}
-        wishes = []
-        with self._lock:
-            for lane in self.lanes.values():
-                free, ahead = lane.room() if id(lane) in due else (0, 0)
-                free = int(min(free, left))
-                ahead = int(min(ahead, left - free))
-                left -= free + ahead
-                if free or ahead:
-                    wishes.append((lane, free, ahead))
-        return wishes
-
-    def _settle_and_claim(self, crew: _Crew, done: list[Ended], wishes: list[tuple[Lane, int, int]]) -> int:
+    def _settle_and_claim(self, crew: Crew, done: list[Ended], wishes: list[Wish]) -> int:
         completions = [ended for ended in done if not ended.is_written]
 
-        def work(connection: Connection) -> tuple[list[Ended], list[tuple[Lane, list[Claimed]]], list[Level]]:
-            ended = crew.performer.complete(connection, completions)
-            return ended, *self._take(crew, connection, wishes)
+        def work(connection: Connection) -> tuple[list[Ended], Taken]:
+            return crew.performer.complete(connection, completions), crew.claims.take(connection, wishes)
 
-        try:
-            ended, taken, self._view = crew.units.write(work)
-        except BaseException:
-            with self._lock:
-                self._done += done
-            raise
-        self._settled([each for each in done if each.is_written] + ended)
-        if crew.limits.freed(each.row.id for each in done):
-            self._wake()
-        with self._lock:
-            for lane, rows in taken:
+        ended, taken = crew.units.write(work)
+        self._settled(crew, [*[each for each in done if each.is_written], *ended] if completions else done)
+        crew.claims.took(taken)
+        for lane, rows in taken.rows:
+            self._held.update((row.token, row) for row in rows)
+            if rows:
                 lane.add(rows)
-                self._held.update((row.token, row) for row in rows)
-        claimed = [row for _, rows in taken for row in rows]
-        crew.limits.took(claimed)
+        claimed = [row for _, rows in taken.rows for row in rows]
         if events.wanted("claimed"):
             for row in claimed:
                 tell("claimed", row, attempt=row.attempt, worker=crew.name)
         return len(claimed)
 
-    def _settled(self, ended: Iterable[Ended]) -> None:
-        for each in ended:
-            with self._lock:
-                self._held.pop(each.token, None)
-            self.ran += each.was_run
-            if isinstance(each.outcome, Released | Snoozed) and not each.was_run:
-                tell("released", each.row, attempt=each.row.attempt, reason="this process knows no such callable")
-            else:
-                told(each)
-
-    def _take(
-        self, crew: _Crew, connection: Connection, wishes: list[tuple[Lane, int, int]]
-    ) -> tuple[list[tuple[Lane, list[Claimed]]], list[Level]]:
-        """Claim what is wished for; return it, and the levels as they are now known to be."""
-        view, taken = list(self._view), []
-        for lane, free, ahead in wishes:
-            rows = self._take_for(crew, connection, lane, view, free, lost_too=True)
-            if len(rows) == free:
-                rows += self._take_for(crew, connection, lane, view, ahead, lost_too=False)
-            taken.append((lane, rows))
-        return taken, view
-
-    def _take_for(
-        self, crew: _Crew, connection: Connection, lane: Lane, view: list[Level], wanted: int, *, lost_too: bool
-    ) -> list[Claimed]:
-        now = crew.context.time()
-        rows: list[Claimed] = []
-        due = [level for level in view if level.first_at <= now and self._lane_of(level.queue) is lane]
-        if not lost_too:  # ahead of a free slot
-            due = [level for level in due if not level.limited]
-        for _, group in groupby(due, key=lambda level: level.priority):
-            levels = list(group)
-            while levels and len(rows) < wanted:
-                share = math.ceil((wanted - len(rows)) / len(levels))  # queues of one priority take turns
-                for level in list(levels):
-                    asked = min(share, wanted - len(rows))
-                    found = self._claim(crew, connection, level, asked, lost_too=lost_too) if asked else []
-                    rows += found
-                    if len(found) < asked:  # nothing is left there, until the next look
-                        levels.remove(level)
-                        if lost_too:
-                            view.remove(level)
-                    elif found:
-                        levels[levels.index(level)] = view[view.index(level)] = level._replace(
-                            first_at=found[-1].run_at
-                        )
-        return rows
-
-    def _claim(self, crew: _Crew, connection: Connection, level: Level, limit: int, *, lost_too: bool) -> list[Claimed]:
-        if level.limited:
-            return crew.limits.claim(
-                connection,
-                level,
-                limit=limit,
-                now=crew.context.time(),
-                worker=crew.name,
-                leased_until=crew.leases.end(),
-            )
-        return statements.claim(
-            connection,
-            level,
-            after=(level.first_at, 0),
-            newest=NO_LIMIT,
-            limit=limit,
-            now=crew.context.time(),
-            worker=crew.name,
-            leased_until=crew.leases.end(),
-            lost_too=lost_too,
-        )
-
-    # --- running
-
-    def _submit(self, crew: _Crew) -> None:
-        """Start as many slots as have something to do; where there is but one connection, do it here and now."""
-        for lane in self.lanes.values():
-            with self._lock:
-                slots = lane.take_slots()
-            for _ in range(slots):
-                if crew.executor is None:
-                    self._serve(crew, lane)
+    def _settled(self, crew: Crew, ended: Iterable[Ended]) -> None:
+        for lane, group in groupby(ended, key=lambda each: crew.claims.lane_of(each.row.queue)):
+            count, seconds = 0, 0.0
+            for each in group:
+                self._forget(crew, each.token)
+                count, seconds = count + each.was_run, seconds + each.seconds
+                if isinstance(each.outcome, Released | Snoozed) and not each.was_run:
+                    tell("released", each.row, attempt=each.row.attempt, reason="this process knows no such callable")
                 else:
-                    crew.executor.submit(self._serve, crew, lane).add_done_callback(partial(self._note_problem, lane))
+                    told(each)
+            self.ran += count
+            if count and lane is not None:
+                lane.learn(seconds, count)
 
-    def _serve(self, crew: _Crew, lane: Lane) -> None:
-        """Run, on one slot of ``lane``, what waits for it, until nothing does."""
-        while (row := self._next(lane)) is not None:
-            try:
-                ended = self._perform(crew, row)
-            except Exception:
-                events.logger.exception("what became of job %s could not be written; it will run again", row.id)
-                with self._lock:
-                    self._held.pop(row.token, None)  # the leases take back what nobody holds
-                continue
-            with self._lock:
-                lane.learn(ended.seconds)
-                self._done.append(ended)
-                is_first = len(self._done) == 1
-            if ended.is_written:
-                self._stale_after = 0.0  # what it committed may have scheduled something
-            if is_first:
-                self._alarm.ring(after=ACK_SECONDS)
-
-    def _next(self, lane: Lane) -> Claimed | None:
-        with self._lock:
-            row = lane.next()
-            is_low = lane.is_low()
-        if row is None or is_low:
-            self._alarm.ring()
-        return row
-
-    def _perform(self, crew: _Crew, row: Claimed) -> Ended:
-        try:
-            if row.content_type is None:
-                crew.context.function(row.callable_name)
-        except CallableNotFound:
-            # Another process may know it, while a new version is rolled out; or this one after its restart.
-            later = Snoozed(crew.context.time() + UNKNOWN_DELAY)
-            token = row.token
-            status = crew.units.write(
-                lambda connection: lifecycle.settle(connection, token, later, now=crew.context.time(), worker=crew.name)
-            )
-            return Ended(row, later, 0.0, status, was_run=False)
-        except Exception:  # noqa: S110 (what else is wrong with it is told by running it)
-            pass
-        return crew.performer.perform(row)
-
-    def _note_problem(self, lane: Lane, slot: Future[None]) -> None:
-        if not slot.cancelled() and (problem := slot.exception()) is not None:
-            with self._lock:
-                lane.busy -= 1
-            self._problem = problem
-            self._alarm.ring()
+    def _forget(self, crew: Crew, token: Token) -> None:
+        self._held.pop(token, None)
+        if crew.claims.ended(token):
+            self._wake()
 
     # --- sleeping
 
-    def _delay(self, crew: _Crew, *, wanted: bool, claimed: int) -> float:
+    def _delay(self, crew: Crew, *, wanted: bool, claimed: int) -> float:
         if self.is_stopping:
             return 0.0
+        longest = STALL_SECONDS if any(lane.may_stall for lane in self.lanes.values()) else self.poll
         if wanted and not claimed:  # others were faster, or hold what is due
             self._misses += 1
             crew.expire_at = self._stale_after = 0.0  # or all of it is too late
-            return min(self.poll, MISSED_SECONDS * 2.0 ** min(self._misses - 1, 16))
+            return min(longest, MISSED_SECONDS * 2.0 ** min(self._misses - 1, 16))
         self._misses = 0
-        with self._lock:
-            open_lanes = {id(lane) for lane in self.lanes.values() if any(lane.room())}
-        if claimed and (open_lanes or crew.executor is None):
+        if claimed and (isinstance(crew.runner, Here) or any(any(lane.room()) for lane in self.lanes.values())):
             self._stale_after = 0.0  # all that was due is claimed, or run: look what comes next
             return 0.0
-        waiting = [level.first_at for level in self._view if id(self._lane_of(level.queue)) in open_lanes]
-        if not waiting:
-            return self.poll
-        return min(self.poll, max(0.0, (min(waiting) - crew.context.time()).total_seconds()))
+        next_at = crew.claims.next_at()
+        return longest if next_at is None else min(longest, max(0.0, (next_at - crew.now()).total_seconds()))
 
     def _wake(self, *_: Any) -> None:
         self._stale_after = 0.0
@@ -430,21 +286,21 @@ class Worker:
 
     def _wake_for(self, run_at: datetime) -> None:
         crew = self._crew
-        if crew is not None and (run_at - crew.context.time()).total_seconds() < self.poll:
+        if crew is not None and (run_at - crew.now()).total_seconds() < self.poll:
             self._wake()
 
     # --- beginning
 
-    def _opened(self) -> _Crew:
+    def _opened(self) -> Crew:
         if self._crew is None:
-            self._deadline, self._stale_after, self._problem = math.inf, 0.0, None
+            self._deadline, self._stale_after = math.inf, 0.0
             self._closed.clear()
             self._crew = self._open()
             queues = ", ".join(f"{name}={slots}" for name, slots in self.queues.items())
             events.emit("started", worker=self._crew.name, queues=queues)
         return self._crew
 
-    def _open(self) -> _Crew:
+    def _open(self) -> Crew:
         name = worker_name() if self.name is None else f"{self.name}:{worker_name()}"
         alone = is_single_connection(self.engine)
         if not alone and os.getpid() != self._pid:  # forked: the parent's connections are not ours
@@ -465,18 +321,25 @@ class Worker:
             around=self._around,
         )
 
-        def crew_time() -> datetime:
+        def now() -> datetime:
             return context.time()  # which is set anew from time to time
 
-        executor = None if alone else self._given_executor or Threads(sum(self.queues.values()), name="future_jobs")
-        crew = _Crew(
+        make = self._make.session_factory if isinstance(self._make, scoped_session) else self._make
+        performer = PatientPerformer(
+            units, opener(make, self.engine, {SCHEDULER: self.scheduler}), context, worker=name
+        )
+        outbox = Outbox(partial(self._alarm.ring, ACK_SECONDS))
+        leases = Leases(units, name, self.lease, time=now, held=self._tokens)
+        crew = Crew(
             name=name,
             units=units,
             context=context,
-            performer=_Waiting(units, self._open_session, context, worker=name),
-            leases=Leases(units, name, self.lease, time=crew_time, held=self._tokens),
+            performer=performer,
+            leases=leases,
             watch=wakeups.Watch(engine, self._wake),
-            executor=executor,
+            claims=Claims(self.lanes, worker=name, time=now, lease_end=leases.end),
+            runner=self._runner(performer, outbox, alone=alone),
+            outbox=outbox,
         )
         crew.measure()
         wakeups.listen(self.engine, self._wake_for)
@@ -485,15 +348,14 @@ class Worker:
             crew.watch.start()
         return crew
 
-    def _open_session(self, row: Claimed) -> JobSession:
-        joined = row.options is None or '"transaction":"own"' not in row.options
-        make = self._make.session_factory if isinstance(self._make, scoped_session) else self._make
-        hold = partial(statements.hold, token=row.token)
-        return JobSession(make, self.engine, hold=hold, joined=joined, info={SCHEDULER: self.scheduler})
+    def _runner(self, performer: PatientPerformer, outbox: Outbox, *, alone: bool) -> Runner:
+        if alone:
+            return Here(performer.perform, outbox)
+        own = None if self._given_executor else Threads(sum(self.queues.values()), name="future_jobs")
+        return InThreads(performer.perform, outbox, own or self._given_executor, is_own=own is not None)  # type: ignore[arg-type]
 
     def _tokens(self) -> set[Token]:
-        with self._lock:
-            return set(self._held)
+        return set(self._held.copy())
 
     @contextmanager
     def background(self, *, timeout: str | timedelta = "30s") -> Iterator[Worker]:
@@ -555,39 +417,33 @@ class Worker:
                 events.logger.exception("%s could not hand back its jobs; their leases will end", crew.name)
             finally:
                 wakeups.unlisten(self.engine, self._wake_for)
-                crew.end(own_executor=self._given_executor is None)
+                crew.end()
                 if self._owns_engine:
                     self.engine.dispose()
                 events.emit("stopped", worker=crew.name, jobs=self.ran)
         self._loop = None
         self._closed.set()
 
-    def _drain(self, crew: _Crew) -> None:
-        with self._lock:
-            waiting = [row for lane in self.lanes.values() for row in lane.clear()]
+    def _drain(self, crew: Crew) -> None:
+        waiting = [row for lane in self.lanes.values() for row in lane.clear()]
         self._release(crew, waiting, "the worker stopped before its turn")
         while True:
-            if done := self._collect():
+            busy = not isinstance(crew.runner, Here) and any(lane.busy for lane in self.lanes.values())
+            if done := crew.outbox.take():
                 self._settle_and_claim(crew, done, [])
-            with self._lock:
-                busy = crew.executor is not None and any(lane.busy for lane in self.lanes.values())
-                if not busy and not self._done:
-                    break
-            if (left := self._patience()) <= 0:
+            elif not busy or self._patience() <= 0:
                 break
-            self._alarm.sleep(left)
-        with self._lock:
-            unfinished = list(self._held.values())
-        self._release(crew, unfinished, "the worker stopped and could not wait for it")
+            else:
+                self._alarm.sleep(self._patience())
+        self._release(crew, list(self._held.values()), "the worker stopped and could not wait for it")
 
-    def _release(self, crew: _Crew, rows: list[Claimed], reason: str) -> None:
+    def _release(self, crew: Crew, rows: list[Claimed], reason: str) -> None:
         if not rows:
             return
         tokens = [row.token for row in rows]
         crew.units.write(lambda connection: lifecycle.release_all(connection, tokens))
-        with self._lock:
-            for token in tokens:
-                self._held.pop(token, None)
+        for token in tokens:
+            self._forget(crew, token)
         for row in rows:
             tell("released", row, attempt=row.attempt, reason=reason)
 
@@ -601,7 +457,7 @@ class Worker:
             is_second, crew = self._deadline < math.inf, self._crew
             self._ask_to_stop(0.0 if is_second else seconds)
             self.was_hurried = self.was_hurried or is_second
-            if is_second and crew is not None and crew.executor is None:
+            if is_second and crew is not None and isinstance(crew.runner, Here):
                 crew.context.is_interrupted = True  # the job runs in this very thread
                 raise _Interrupted
 
@@ -615,49 +471,3 @@ class Worker:
 
 class _Interrupted(KeyboardInterrupt):
     """A second signal came while a job ran in the thread of the loop."""
-
-
-class _Waiting(Performer):
-    """A Performer that tries a job again once the database answers, however long that takes."""
-
-    def _attempt(self, row: Claimed, began: float) -> Ended:
-        ended = super()._attempt(row, began)
-        while isinstance(ended.outcome, Released):
-            asked = monotonic()
-            self.units.read(statements.newest)
-            if monotonic() - asked < AWAY_SECONDS:
-                break  # it was a lock, which has its own number of tries
-            ended = super()._attempt(row, monotonic())
-        return ended
-
-
-@dataclass(slots=True)
-class _Crew:
-    """What a worker has while it works."""
-
-    name: str
-    units: PatientUnits
-    context: execution.Context
-    performer: Performer
-    leases: Leases
-    watch: wakeups.Watch
-    executor: Executor | None
-    limits: Limits = field(default_factory=Limits)
-    measure_at: float = 0.0
-    prune_at: float = 0.0
-    expire_at: float = 0.0
-    tick_at: float = 0.0
-
-    def measure(self) -> None:
-        """Set the clock by the database's; between two looks at that it goes by the monotonic one."""
-        self.context.time = execution.ticking(self.units.read(statements.clock) or utc_now())
-        self.measure_at = monotonic() + MEASURE_SECONDS
-
-    def end(self, *, own_executor: bool) -> None:
-        """Give back everything."""
-        self.watch.stop()
-        self.leases.stop()
-        if self.executor is not None:
-            if own_executor:
-                self.executor.shutdown(wait=False)
-            self.units.engine.dispose()

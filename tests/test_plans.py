@@ -48,7 +48,7 @@ def loaded(empty_engine):
     return engine
 
 
-def claimed(connection, level, *, worker="me", limit=100, lost_too=True):
+def claimed(connection, level, *, worker="me", limit=100, most_losses=9):
     return st.claim(
         connection,
         level,
@@ -58,7 +58,7 @@ def claimed(connection, level, *, worker="me", limit=100, lost_too=True):
         now=NOW,
         worker=worker,
         leased_until=NOW - timedelta(minutes=1) if worker == "the dead" else NOW + timedelta(minutes=1),
-        lost_too=lost_too,
+        most_losses=most_losses,
     )
 
 
@@ -66,7 +66,7 @@ DUE, FUTURE = Level("default", 0, NOW - timedelta(minutes=1)), Level("default", 
 LOOP = {
     "levels": st.levels,
     "claim": lambda connection: claimed(connection, DUE),
-    "claim ahead": lambda connection: claimed(connection, DUE, lost_too=False),
+    "claim ahead": lambda connection: claimed(connection, DUE, most_losses=0),
     "claim where nothing is due": lambda connection: claimed(connection, FUTURE._replace(first_at=NOW)),
     "look for expired": lambda connection: st.is_any_expired(connection, FUTURE, now=NOW),
     "renew": lambda connection: st.renew(connection, "the living", NOW + timedelta(minutes=2)),

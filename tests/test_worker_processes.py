@@ -82,7 +82,7 @@ def is_free(session):
     try:
         if session.get_bind().dialect.name == "sqlite":
             session.execute(text("PRAGMA busy_timeout = 100"))
-            session.execute(text("BEGIN IMMEDIATE"))
+            session.execute(text("BEGIN EXCLUSIVE"))  # nobody reads, either: a reader keeps others from committing
             return True
         return session.scalar(select(ScheduledJob.id).with_for_update(skip_locked=True)) is not None
     except OperationalError:

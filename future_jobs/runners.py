@@ -1,0 +1,127 @@
+"""How the jobs that wait in a lane come to be run, and where it is told how they ended."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterable
+from concurrent.futures import Executor, Future
+from functools import partial
+from typing import Protocol, TypeVar
+
+from . import events
+from .performing import Ended
+from .slots import Lane
+from .statements import Claimed, Token
+
+__all__ = ["Here", "InThreads", "Outbox", "Perform", "Runner"]
+
+T = TypeVar("T")
+
+Perform = Callable[[Claimed], Ended]
+
+
+class Outbox:
+    """What has ended and is to be settled by the loop of the worker; filled by any thread, without a lock."""
+
+    def __init__(self, ring: Callable[[], None]) -> None:
+        self._ring = ring
+        self._ended: deque[Ended] = deque()
+        self._has_rung = False
+        self.lost_track: deque[Token] = deque()  # attempts of which nothing could be written
+
+    def put(self, ended: Ended) -> None:
+        """Add what has ended; ring, if that was not done since it was emptied."""
+        self._ended.append(ended)
+        if not self._has_rung:
+            self._has_rung = True
+            self._ring()
+
+    def put_back(self, ended: Iterable[Ended]) -> None:
+        """Add what could not be settled."""
+        self._ended.extendleft(ended)
+
+    def take(self) -> list[Ended]:
+        """Return what has ended."""
+        self._has_rung = False  # first: what comes from now on rings again
+        return _emptied(self._ended)
+
+    def take_lost(self) -> list[Token]:
+        """Return the attempts that the leases will take back, since nobody holds them any more."""
+        return _emptied(self.lost_track)
+
+
+def _emptied(items: deque[T]) -> list[T]:
+    taken = []
+    while items:
+        taken.append(items.popleft())
+    return taken
+
+
+class Runner(Protocol):
+    """Runs what waits in a lane."""
+
+    problem: BaseException | None
+
+    def start(self, lane: Lane) -> None:
+        """Put as many free slots of ``lane`` to work as what waits is worth."""
+
+    def stop(self) -> None:
+        """Accept nothing more. What runs may go on."""
+
+
+class Here:
+    """Runs them in the thread of the loop, where one connection is all there is."""
+
+    problem: BaseException | None = None
+
+    def __init__(self, perform: Perform, outbox: Outbox) -> None:
+        self._perform = perform
+        self._outbox = outbox
+
+    def start(self, lane: Lane) -> None:
+        """Run all that waits in ``lane``."""
+        if lane.hire():
+            serve(lane, self._perform, self._outbox)
+
+    def stop(self) -> None:
+        """Nothing is left running."""
+
+
+class InThreads:
+    """Runs them by an executor of this process."""
+
+    def __init__(self, perform: Perform, outbox: Outbox, executor: Executor, *, is_own: bool) -> None:
+        self.problem: BaseException | None = None
+        self._perform = perform
+        self._outbox = outbox
+        self._executor = executor
+        self._is_own = is_own
+
+    def start(self, lane: Lane) -> None:
+        """Put free slots of ``lane`` to work."""
+        for _ in range(lane.hire()):
+            slot = self._executor.submit(serve, lane, self._perform, self._outbox)
+            slot.add_done_callback(partial(self._note_problem, lane))
+
+    def stop(self) -> None:
+        """End the threads, each after the job that it runs, if they are not somebody else's."""
+        if self._is_own:
+            self._executor.shutdown(wait=False)
+
+    def _note_problem(self, lane: Lane, slot: Future[None]) -> None:
+        if slot.cancelled() or (problem := slot.exception()) is None:
+            return
+        self.problem = problem
+        lane.leave()
+
+
+def serve(lane: Lane, perform: Perform, outbox: Outbox) -> None:
+    """Run, on one slot of ``lane``, what waits for it, until nothing does."""
+    while (row := lane.next()) is not None:
+        try:
+            ended = perform(row)
+        except Exception:
+            events.logger.exception("what became of job %s could not be written; it will run again", row.id)
+            outbox.lost_track.append(row.token)
+            continue
+        outbox.put(ended)
