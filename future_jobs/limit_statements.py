@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from datetime import datetime
+from datetime import datetime, timedelta
 from functools import cache
 from typing import Any, NamedTuple, cast
 
@@ -197,6 +197,19 @@ def unregister(connection: Connection, names: Iterable[str]) -> None:
 def workers(connection: Connection) -> list[Row[Any]]:
     """Return the rows of all workers, the oldest first. Reads the whole table, which has one row a worker."""
     return list(connection.execute(select(WORKERS).order_by(WORKERS.c.started_at, WORKERS.c.name)))
+
+
+def is_gone(worker: Row[Any], now: datetime) -> bool:
+    """Tell whether a row of `workers` was left behind: the living say so each quarter of a lease."""
+    return bool(worker.seen_at < now - GONE_AFTER * timedelta(seconds=worker.lease_seconds))
+
+
+GONE_AFTER = 3  # leases
+
+
+def at_work(connection: Connection, queue: str) -> int:
+    """Return how many jobs of ``queue`` run. ix_future_jobs_running, or ix_future_jobs_status."""
+    return connection.scalar(select(func.count()).where(RUNNING, J.queue == queue)) or 0
 
 
 def _pairs(rows: Iterable[Any]) -> dict[Any, Any]:

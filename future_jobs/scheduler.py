@@ -13,7 +13,7 @@ from sqlalchemy.engine import Connection, Engine
 from sqlalchemy.exc import InvalidRequestError, UnboundExecutionError
 from sqlalchemy.orm import Session, scoped_session
 
-from . import events, execution, lifecycle, payloads, statements, wakeups
+from . import events, execution, explaining, lifecycle, limit_statements, payloads, statements, wakeups
 from .callables import Allow, Call, describe, permit, permit_classes, plain_arguments
 from .dialects import Encoded, begin_before_savepoint, cannot_roll_back, is_autocommit
 from .errors import InvalidArgument, InvalidOption, UsageError, shown
@@ -247,7 +247,37 @@ class Scheduler(Schedules):
         with self._connection() as connection:
             return statements.prune(connection, before=before, statuses=wanted, limit=limit)
 
+    # --- queues
+
+    def pause_queue(self, queue: str) -> bool:
+        """Let no job of ``queue`` start until `resume_queue`, wherever it would run; True if this call did.
+
+        What runs goes on. After commit every worker, and every `run_due`, leaves the queue out when it next looks.
+        """
+        self._prepare()
+        queue = checked_word("queue", queue)
+        self.session.flush()
+        with self._connection() as connection:
+            return limit_statements.pause(connection, queue, now=self._now())
+
+    def resume_queue(self, queue: str) -> bool:
+        """Let the jobs of ``queue`` start again; True if it was paused."""
+        self._prepare()
+        queue = checked_word("queue", queue)
+        self.session.flush()
+        with self._connection() as connection:
+            wakeups.announce(self._own(), connection.engine, self._now())
+            return limit_statements.resume(connection, queue)
+
     # --- looking
+
+    def why(self, job: ScheduledJob | int) -> explaining.Why:
+        """Return why ``job`` is not running; printed, it is a sentence. Its ``reason`` is for programs."""
+        self._prepare()
+        job_id = _id_of(job)
+        self.session.flush()
+        with self._connection() as connection:
+            return explaining.explain(connection, job_id, now=self._now())
 
     def jobs_for(self, obj: object) -> Select[ScheduledJob]:
         """Return a Select of the jobs bound to the mapped object ``obj``, to be narrowed and executed by the caller."""

@@ -329,7 +329,7 @@ class Worker:
             units, opener(make, self.engine, {SCHEDULER: self.scheduler}), context, worker=name
         )
         outbox = Outbox(partial(self._alarm.ring, ACK_SECONDS))
-        leases = Leases(units, name, self.lease, time=now, held=self._tokens)
+        leases = Leases(units, name, self.lease, time=now, held=self._tokens, queues=self.queues)
         crew = Crew(
             name=name,
             units=units,

@@ -43,6 +43,7 @@ ORDER = (
     "execution",
     "performing",
     "passes",
+    "explaining",
     "schedules",
     "scheduler",
     "schema",

@@ -275,8 +275,9 @@ def test_idle_it_only_reads(engine, scheduler, session):
         worker._stale_after = 0.0
         delays.append(worker.tick())
     worker.stop()
-    words = {statement.split()[0] for statement in said}
-    assert said
+    of_jobs = [statement for statement in said if "future_jobs_worker" not in statement]  # where it says it is alive
+    words = {statement.split()[0] for statement in of_jobs}
+    assert of_jobs
     assert words <= {"SELECT", "WITH", "SET"}
     assert delays == [1.0, 1.0, 1.0]
 

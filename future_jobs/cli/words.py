@@ -38,7 +38,7 @@ COLOURS: dict[str, str] = {
     Status.EXPIRED: "magenta",
     Status.CANCELLED: "bright_black",
 }
-HIDDEN = frozenset({"unique_slot"})  # kept by the database for itself
+HIDDEN = frozenset({"unique_slot", "limited", "limited_by"})  # of use to statements only
 
 
 # --- time ---------------------------------------------------------------------------------------------------------
