@@ -164,7 +164,7 @@ def paused(connection: Connection) -> dict[str, datetime]:
 
 def pause(connection: Connection, queue: str, *, now: datetime) -> bool:
     """Note that ``queue`` is paused; tell whether it was not."""
-    statement = insert_unless_there(backend_of(connection), QUEUES)
+    statement = insert_unless_there(backend_of(connection), QUEUES).execution_options(preserve_rowcount=True)
     return connection.execute(statement, {"name": queue, "paused_at": now}).rowcount == 1
 
 
