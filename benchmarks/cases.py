@@ -14,6 +14,7 @@ from sqlalchemy.orm import Session
 from benchmarks import jobs
 from benchmarks.databases import DEFAULT, Place, fresh
 from benchmarks.measure import Result, compared, interleaved, rate
+from benchmarks.pickup import idle, pickup
 from future_jobs import Scheduler
 
 
@@ -28,11 +29,16 @@ class Sizes:
     exact: int = 2_000
     backlog: int = 10_000
     rows: int = 1_000_000  # not due, and as many finished
+    tries: int = 70  # to be picked up, in each round
+    idle: float = 10.0  # seconds of nothing to do
 
 
 QUICK = Sizes(rounds=3, single=200, bulk=10_000, drain=4_000, exact=400, backlog=2_000, rows=50_000)
+QUICK = replace(QUICK, tries=20, idle=3.0)
 SERVER = Sizes(rounds=3, single=300, bulk=20_000, drain=4_000, exact=500, backlog=4_000, rows=200_000)
-SERVER_QUICK = replace(SERVER, single=100, bulk=4_000, drain=1_000, exact=200, backlog=1_000, rows=20_000)
+SERVER_QUICK = replace(
+    SERVER, single=100, bulk=4_000, drain=1_000, exact=200, backlog=1_000, rows=20_000, tries=20, idle=3.0
+)
 
 
 def sizes_for(kind: str, *, quick: bool) -> Sizes:
@@ -275,6 +281,8 @@ CASES: Mapping[str, Callable[[str, Sizes], Iterator[Result]]] = {
     "run_due": run_due,
     "exact": exact,
     "backlog": backlog,
+    "pickup": pickup,
+    "idle": idle,
     "memory": memory,
     "import": importing,
 }

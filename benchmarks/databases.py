@@ -53,7 +53,7 @@ def fresh(kind: str, *, pragmas: tuple[str, ...] = WAL) -> Iterator[Place]:
     with _made(kind) as url:
         engine = create_engine(url)
         if kind == "sqlite":
-            _configure(engine, pragmas)
+            configure(engine, pragmas)
         create_tables(engine)
         Base.metadata.create_all(engine)
         driver = raw.connect(kind, url, pragmas)
@@ -64,9 +64,11 @@ def fresh(kind: str, *, pragmas: tuple[str, ...] = WAL) -> Iterator[Place]:
             engine.dispose()
 
 
-def _configure(engine: Engine, pragmas: tuple[str, ...]) -> None:
+def configure(engine: Engine, pragmas: tuple[str, ...]) -> None:
+    """Set ``pragmas`` on each connection of an engine on SQLite."""
+
     @event.listens_for(engine, "connect")
-    def configure(connection: raw.DBAPI, _record: object) -> None:
+    def set_them(connection: raw.DBAPI, _record: object) -> None:
         for pragma in pragmas:
             connection.execute(f"PRAGMA {pragma}")
 

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from .scheduler import Scheduler as Scheduler
     from .schema import create_tables as create_tables
     from .status import Status as Status
+    from .wakeups import notify_workers as notify_workers
     from .worker import Worker as Worker
 
 __version__ = "0.1.0"
@@ -42,6 +43,7 @@ _ROOMS = {
     "schema": ("create_tables",),
     "scheduler": ("Scheduler",),
     "status": ("Status",),
+    "wakeups": ("notify_workers",),
     "worker": ("Worker",),
 }
 _HOME = {name: room for room, names in _ROOMS.items() for name in names}

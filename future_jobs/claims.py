@@ -18,7 +18,6 @@ from .statements import Claimed, Level, Token
 __all__ = ["Claims", "Taken", "Wish"]
 
 NO_LIMIT = (1 << 63) - 1
-ANY_LOSSES = 1 << 30
 FRAGILE = 2  # a job that was lost this often may be what kills its workers
 
 
@@ -114,7 +113,7 @@ class Claims:
         return min((level.first_at for level in self.view if id(self.lane_of(level.queue)) in open_lanes), default=None)
 
     def _tolerable(self) -> int:
-        return FRAGILE - 1 if self._fragile else ANY_LOSSES
+        return FRAGILE - 1 if self._fragile else statements.ANY_LOSSES
 
     def _take_for(
         self, connection: Connection, lane: Lane, view: list[Level], wanted: int, *, most_losses: int

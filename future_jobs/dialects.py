@@ -247,6 +247,8 @@ class Backend:
     recursive_scan: bool  # a recursive CTE may step through an index; MariaDB reads the whole of it instead
     json_rows: bool  # INSERT ... SELECT ... FROM json_each(:rows) is the fastest bulk insert
     own_clock: bool  # it has a clock of its own, which judges what is due
+    notifies: bool  # NOTIFY, which waits for the commit
+    compiles: bool  # a plan that it takes for expensive is compiled first (PostgreSQL's jit)
     isolation_level: str | None  # for the library's own transactions
     oldest: tuple[int, ...]  # the oldest version that keeps the promises
 
@@ -269,6 +271,8 @@ SQLITE = Backend(
     recursive_scan=True,
     json_rows=True,
     own_clock=False,
+    notifies=False,
+    compiles=False,
     isolation_level=None,
     oldest=(3, 35),
 )
@@ -279,6 +283,8 @@ POSTGRESQL = Backend(
     recursive_scan=True,
     json_rows=False,
     own_clock=True,
+    notifies=True,
+    compiles=True,
     isolation_level="READ COMMITTED",
     oldest=(12,),
 )
@@ -289,6 +295,8 @@ MYSQL = Backend(
     recursive_scan=False,
     json_rows=False,
     own_clock=True,
+    notifies=False,
+    compiles=False,
     isolation_level="READ COMMITTED",
     oldest=(8, 0, 1),
 )
@@ -378,6 +386,23 @@ def change_counter(connection: Connection) -> Callable[[], int] | None:
         return found
 
     return read
+
+
+def can_listen(engine: Engine) -> bool:
+    """Tell whether the database sends notifications; raise `NotSupported` if the driver cannot wait for them."""
+    if engine.dialect.name != "postgresql":
+        return False
+    if engine.dialect.driver != "psycopg":
+        raise NotSupported(
+            f"notify=True needs the driver psycopg, and this engine's is {engine.dialect.driver}; use a URL that "
+            "begins with postgresql+psycopg://, or leave out notify"
+        )
+    return True
+
+
+def received(driver: Any) -> bool:
+    """Tell, without waiting, whether a notification has come on a connection of the driver."""
+    return bool(list(driver.notifies(timeout=0)))
 
 
 # --- SQLite: a file that several processes use ---------------------------------------------------------------------

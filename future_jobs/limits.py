@@ -34,7 +34,6 @@ SOON = timedelta(seconds=0.1)  # until a look that could not see everything goes
 PATIENCE = 20.0  # a look from the beginning is not repeated for so many times the time it took
 ROUNDS = 4  # tries to find, in one claim, what others do not hold
 NO_LIMIT = (1 << 63) - 1
-ANY_LOSSES = (1 << 31) - 1
 
 
 @dataclass(slots=True)
@@ -122,7 +121,7 @@ class Limits:
         worker: str,
         leased_until: datetime,
         started_at: datetime | None = None,
-        most_losses: int = ANY_LOSSES,
+        most_losses: int = statements.ANY_LOSSES,
     ) -> list[Claimed]:
         """Take up to ``limit`` of the jobs that the last look at ``level`` has found, and that still may start.
 
@@ -237,16 +236,14 @@ def _fitting(
     texts = limit_statements.lock(connection, sorted({row.limit_name for row in picked}))
     mine = [row for row in picked if row.limit_name in texts]
     place.full |= {row.limited_by: (row, None) for row in picked if row.limit_name not in texts}
-    found = {
-        row.id: row
-        for row in statements.lock_waiting(connection, [row.id for row in mine], now=now, most_losses=most_losses)
-    }
-    place.seen = [row for row in place.seen if row not in mine or row.id in found]
+    found = {row.id: row for row in statements.lock_waiting(connection, [row.id for row in mine], now=now)}
+    gone = {row.id for row in mine} - found.keys()
+    place.seen = [row for row in place.seen if row.id not in gone]
     running = limit_statements.running(connection, _keys(mine))
     starts = {name: Starts(text) for name, text in texts.items()}
     fitting, counted = [], set()
     for row in mine:
-        if row.id not in found:
+        if row.id not in found or found[row.id].losses > most_losses:
             continue
         state = state_of(row, running, starts, at)
         if state is not None:

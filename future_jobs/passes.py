@@ -16,7 +16,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import datetime, timedelta
 from time import monotonic
 from typing import Any
@@ -61,12 +61,19 @@ def worker_name() -> str:
     return f"{socket.gethostname()[:100]}:{os.getpid()}:{secrets.token_hex(6)}"
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True)
 class _Place:
-    """Where the claims of one level have come to."""
+    """Where the claims of one level have come to: of jobs that were never lost, and then of those that were."""
 
     level: Level
     after: tuple[datetime, int]
+    is_of_lost: bool = False
+
+    def beyond(self, taken: list[Claimed], asked: int) -> list[_Place]:
+        """Return where to go on, if anywhere, after ``taken`` was claimed where so many were ``asked`` for."""
+        if len(taken) == asked:
+            return [replace(self, after=(taken[-1].run_at, taken[-1].id))] if taken else [self]
+        return [] if self.is_of_lost else [_Place(self.level, (self.level.first_at, 0), is_of_lost=True)]
 
 
 class Pass:
@@ -224,19 +231,20 @@ class Pass:
         limited_left = 1
         while groups and len(rows) < wanted:
             share = math.ceil((wanted - len(rows)) / len(groups[0]))  # queues of one priority take turns
-            left, before = [], len(rows)
+            left: list[_Place] = []
             for place in groups[0]:
-                asked = min(share, wanted - len(rows))
-                if place.level.limited:  # one in each batch: it counts as started
+                # A job that was lost before may be one that kills its process: it is taken alone. A limited one counts
+                # as started: one in each batch.
+                asked = int(not rows) if place.is_of_lost else min(share, wanted - len(rows))
+                if place.level.limited:
                     asked = min(asked, limited_left)
                 taken = self._take_from(connection, place, asked) if asked else []
                 rows += taken
                 limited_left -= len(taken) if place.level.limited else 0
-                if len(taken) == asked:  # else nothing is left there
-                    left.append(_Place(place.level, (taken[-1].run_at, taken[-1].id) if taken else place.after))
-            groups[:1] = [left] if left else []
-            if left and len(rows) == before:
+                left += place.beyond(taken, asked)
+            if left == groups[0]:
                 break
+            groups[:1] = [left] if left else []
         if any(len(group) > 1 for group in self._groups):  # a level alone comes in order
             rows.sort(key=lambda row: (statements.rank(row.priority), row.run_at, row.id))
         return rows, groups
@@ -251,6 +259,7 @@ class Pass:
                 worker=self.worker,
                 leased_until=self._lease_end(),
                 started_at=self._time(),
+                most_losses=statements.ANY_LOSSES if place.is_of_lost else 0,
             )
         return statements.claim(
             connection,
@@ -262,6 +271,7 @@ class Pass:
             worker=self.worker,
             leased_until=self._lease_end(),
             started_at=self._time(),
+            most_losses=statements.ANY_LOSSES if place.is_of_lost else 0,
         )
 
     # --- running

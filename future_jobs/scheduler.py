@@ -143,7 +143,7 @@ class Scheduler(Schedules):
         self.session.flush()
         with self._connection() as connection:
             ids = statements.add_many(connection, rows)
-            wakeups.announce(self._own(), connection.engine, min(row["run_at"] for row in rows))
+            wakeups.announce(self._own(), connection, min(row["run_at"] for row in rows), now=now)
         if events.wanted("scheduled"):
             for job_id, row in zip(ids, rows, strict=True):
                 _tell_scheduled(job_id, row)
@@ -226,7 +226,8 @@ class Scheduler(Schedules):
             expires_at = resolve_expiry(expires, run_at=run_at, timezone=self.timezone)
         with self._connection() as connection:
             won = lifecycle.revive(connection, job_id, run_at=run_at, expires_at=expires_at)
-            wakeups.announce(self._own(), connection.engine, run_at)
+            if won:
+                wakeups.announce(self._own(), connection, run_at, now=self._now())
         if won:
             self._refresh(job_id)
             if running := execution.running.get():
@@ -266,7 +267,8 @@ class Scheduler(Schedules):
         queue = checked_word("queue", queue)
         self.session.flush()
         with self._connection() as connection:
-            wakeups.announce(self._own(), connection.engine, self._now())
+            now = self._now()
+            wakeups.announce(self._own(), connection, now, now=now)
             return limit_statements.resume(connection, queue)
 
     # --- looking
@@ -400,7 +402,7 @@ class Scheduler(Schedules):
         self.session.flush()
         with self._connection() as connection:
             job = statements.add(self._own(), connection, row)
-            wakeups.announce(self._own(), connection.engine, row["run_at"])
+            wakeups.announce(self._own(), connection, row["run_at"], now=row["created_at"])
         if events.wanted("scheduled"):
             _tell_scheduled(job.id, row)
         return job

@@ -16,8 +16,9 @@ from typing import TYPE_CHECKING, Any, Unpack
 
 from sqlalchemy import select
 from sqlalchemy.engine import Connection, Engine
+from sqlalchemy.orm import Session
 
-from . import events, tick_statements, ticks
+from . import events, tick_statements, ticks, wakeups
 from .dialects import Unreadable
 from .errors import InvalidOption, InvalidTime, UnknownRecurring, shown
 from .models import RecurringJob, ScheduledJob
@@ -53,6 +54,7 @@ class Schedules:
 
         def _prepare(self) -> Engine | Connection: ...
         def _now(self) -> datetime: ...
+        def _own(self) -> Session: ...
         def _connection(self) -> AbstractContextManager[Connection]: ...
         def _draft(
             self, when: When, given: Callable[..., Any] | str, options: Mapping[str, Any], *, now: datetime
@@ -227,6 +229,8 @@ class Schedules:
         rows = {at: ticks.job_row(found, at, now=now, expires_from=now) | {"run_at": at} for at in instants}
         with self._connection() as connection:
             added = tick_statements.add_jobs(connection, found.id, rows)
+            if added:
+                wakeups.announce(self._own(), connection, now, now=now)
         for job_id, row in added.items():
             told = {each: row[each] for each in ("callable_name", "queue", "run_at")}
             events.emit("scheduled", job_id=job_id, **told)

@@ -23,7 +23,7 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 BATCH_SECONDS = 0.1  # claim what the slots can finish in about this time
-BATCH_MOST = 1_000
+BATCH_MOST = 2_000
 TINY_SECONDS = 0.0002  # jobs this short are run one after the other
 STALL_SECONDS = 0.01  # one of them that takes longer is overtaken by the others
 CLOSED_SECONDS = 1.0  # so long may a lane be too busy to take a job that was lost before
@@ -64,7 +64,7 @@ class Lane:
         elif now - self._open_at > CLOSED_SECONDS:
             return 0, 0
         most = self._most()
-        return (free, most - max(held, self.slots)) if held <= most // 2 else (free, 0)
+        return (free, most - max(held, self.slots)) if held - self.busy <= most // 2 else (free, 0)
 
     def add(self, rows: Iterable[Claimed]) -> None:
         """Let claimed jobs wait for a slot, the better priority first, then the earlier time."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from datetime import timedelta
 from importlib import import_module
 from typing import Any
 
@@ -14,9 +13,9 @@ from sqlalchemy.orm import Session, scoped_session, sessionmaker
 from sqlalchemy.pool import QueuePool
 
 from .dialects import is_autocommit
-from .errors import InvalidArgument, InvalidOption, InvalidTime, shown
+from .errors import InvalidArgument, InvalidOption, shown
 from .models import ScheduledJob
-from .times import parse_duration
+from .times import seconds_of
 
 __all__ = ["Maker", "opened", "own_engine", "refuse_small_pool", "seconds_of"]
 
@@ -91,13 +90,3 @@ def refuse_small_pool(engine: Engine, slots: int) -> None:
             argument="queues",
             value=slots,
         )
-
-
-def seconds_of(value: str | timedelta, argument: str) -> float:
-    """Return a duration, such as ``"60s"``, in seconds; raise `InvalidTime` if it is not exact, or negative."""
-    duration = parse_duration(value, argument=argument) if isinstance(value, str) else value
-    if not isinstance(duration, timedelta) or duration < timedelta(0):
-        raise InvalidTime(
-            f"{argument} is {shown(value)}; pass an exact duration such as '60s'", argument=argument, value=value
-        )
-    return duration.total_seconds()

@@ -34,6 +34,7 @@ from sqlalchemy import (
     not_,
     or_,
     select,
+    text,
     type_coerce,
     union_all,
     update,
@@ -53,6 +54,9 @@ __all__ = ["Claimed", "Level", "Token"]
 JOBS = cast("Table", ScheduledJob.__table__)
 FAILURES = cast("Table", JobFailure.__table__)
 J = JOBS.c
+
+
+ANY_LOSSES = 1 << 30
 
 
 class Token(NamedTuple):
@@ -249,7 +253,10 @@ def levels(connection: Connection) -> list[Level]:
 
     A loose index scan over (queue, priority): one index look-up a level, however many rows there are.
     """
-    if backend_of(connection).recursive_scan:
+    backend = backend_of(connection)
+    if backend.compiles:  # it believes in 10,000 levels, and compiling for those takes ten times as long as the look
+        connection.execute(_DO_NOT_COMPILE)
+    if backend.recursive_scan:
         found = [Level(*row) for row in connection.execute(_levels_at_once())]
     else:
         found = [level for limited in (False, True) for level in _levels_by_steps(connection, limited)]
@@ -299,6 +306,9 @@ def _scan(limited: bool) -> Select[Any]:
     return select(steps.c.queue, steps.c.priority, first, literal(limited)).where(steps.c.priority.is_not(None))
 
 
+_DO_NOT_COMPILE = text("SET LOCAL jit = off")
+
+
 def _levels_by_steps(connection: Connection, limited: bool) -> Iterator[Level]:
     # ix_future_jobs_status. MariaDB reads the whole index for the recursive form, and one entry for each of these.
     at: dict[str, Any] = {"is_limited": limited, "in_queue": ""}
@@ -344,6 +354,20 @@ def clock(connection: Connection) -> datetime | None:
     return connection.scalar(select(type_coerce(now, UTCDateTime)))
 
 
+def notify(connection: Connection) -> None:
+    """Wake the workers that listen, when the transaction commits; no table."""
+    connection.execute(_NOTIFY)
+
+
+_CHANNEL = "future_jobs"
+_NOTIFY = select(func.pg_notify(_CHANNEL, ""))
+
+
+def listen(connection: Connection) -> None:
+    """Let ``connection`` hear of `notify`; no table."""
+    connection.execute(text(f"LISTEN {_CHANNEL}"))
+
+
 def times_of(connection: Connection, job_id: int) -> Any:
     """Return ``nominal_at`` and ``expires_at`` of a job; None if it does not exist. Primary key."""
     return connection.execute(
@@ -365,7 +389,7 @@ def claim(
     worker: str,
     leased_until: datetime,
     started_at: datetime | None = None,
-    most_losses: int = 1 << 30,
+    most_losses: int = ANY_LOSSES,
 ) -> list[Claimed]:
     """Take up to ``limit`` due jobs of ``level`` that come after ``after``, in order of ``(run_at, id)``.
 
@@ -393,12 +417,12 @@ def claim(
     return rows
 
 
-def lock_waiting(connection: Connection, ids: Sequence[int], *, now: datetime, most_losses: int) -> list[Claimed]:
+def lock_waiting(connection: Connection, ids: Sequence[int], *, now: datetime) -> list[Claimed]:
     """Return those of ``ids`` that may be claimed, as `take` will leave them, locked where that is possible.
 
     Primary key. Rows that others hold are left out.
     """
-    rows = connection.execute(_locked(connection, _STILL_WAITING), {"ids": ids, "now": now, "most_losses": most_losses})
+    rows = connection.execute(_locked(connection, _STILL_WAITING), {"ids": ids, "now": now})
     return [*map(Claimed._make, rows)]
 
 
@@ -441,9 +465,7 @@ def _due_rows(backend: Backend) -> Select[Any]:
 
 # What the rows will hold once `_claim_by_id` has taken them.
 _AS_CLAIMED = tuple((J.attempt + 1).label("attempt") if column is J.attempt else column for column in CLAIMED)
-_STILL_WAITING = select(*_AS_CLAIMED).where(
-    J.id.in_(bindparam("ids", expanding=True)), WAITING, NOT_EXPIRED, J.losses <= bindparam("most_losses")
-)
+_STILL_WAITING = select(*_AS_CLAIMED).where(J.id.in_(bindparam("ids", expanding=True)), WAITING, NOT_EXPIRED)
 
 
 def _taken() -> dict[str, Any]:

@@ -46,6 +46,7 @@ __all__ = [
     "resolve",
     "resolve_age",
     "resolve_expiry",
+    "seconds_of",
     "utc_now",
     "zone",
 ]
@@ -314,6 +315,16 @@ def _is_duration(text: str) -> bool:
     with suppress(ValueError, OverflowError):
         return _duration(text) is not None
     return False
+
+
+def seconds_of(value: str | timedelta, argument: str) -> float:
+    """Return a duration, such as ``"60s"``, in seconds; raise `InvalidTime` if it is not exact, or negative."""
+    duration = parse_duration(value, argument=argument) if isinstance(value, str) else value
+    if not isinstance(duration, timedelta) or duration < timedelta(0):
+        raise InvalidTime(
+            f"{argument} is {shown(value)}; pass an exact duration such as '60s'", argument=argument, value=value
+        )
+    return duration.total_seconds()
 
 
 def _refused(error: Exception, argument: str, value: object) -> InvalidTime:

@@ -2,34 +2,44 @@
 
 Looking again after a while finds every job; nothing here is needed for that. It makes a job that is due now start now:
 
-- A Session of this process that schedules something tells the workers of the same database once it has committed. What
+- A Session of this process that schedules something tells the workers of the same database once that is committed. What
   was rolled back, to a SAVEPOINT too, tells nobody.
 - Where a database counts its commits, a thread watches the count. This notices what other processes do.
+- Where a database sends notifications, a thread may wait for them, if those who schedule were told to send some.
 """
 
 from __future__ import annotations
 
 import math
+import random
+import selectors
+import socket
 import threading
 from collections.abc import Callable
-from contextlib import suppress
-from datetime import datetime
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+from functools import cache, partial
 from pathlib import Path
 from time import monotonic
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 from sqlalchemy import event
-from sqlalchemy.engine import Engine
-from sqlalchemy.exc import SQLAlchemyError
+from sqlalchemy.engine import Connection, Engine
 from sqlalchemy.orm import Session, SessionTransaction
 
-from .dialects import change_counter, is_single_connection
+from . import events, statements
+from .dialects import backend_of, change_counter, is_single_connection, received
+from .errors import InvalidArgument, shown
+from .times import seconds_of
 
-__all__ = ["Alarm", "Watch", "announce", "listen", "unlisten"]
+__all__ = ["Alarm", "Listener", "Watch", "announce", "listen", "notify_workers", "unlisten", "watch"]
 
 Wake = Callable[[datetime], None]
 
-BUSY_SECONDS, IDLE_SECONDS = 0.005, 0.02  # between two looks at the count of commits
+BUSY_SECONDS, IDLE_SECONDS = 0.005, 0.0125  # between two looks at the count of commits
+CROWDED_SECONDS = 0.1  # the same at most, while one commit follows the other
+FIRST_PAUSE, LONGEST_PAUSE = 0.1, 30.0  # seconds until a lost connection is replaced
+PROBE_SECONDS = 30.0  # a connection that nobody speaks on is one that a firewall forgets
 
 
 class Alarm:
@@ -56,9 +66,31 @@ class Alarm:
 
 # --- commits in this process --------------------------------------------------------------------------------------
 
-_PENDING = "future_jobs.wakeups"  # where a Session's info keeps what its transaction has scheduled
+_NOTIFY = "future_jobs_notify"  # an engine's execution option
+_NOTES = "future_jobs.wakeups"  # in the info of a Session: what it has scheduled and not committed
+_JOINED, _LEFT = "future_jobs.joined", "future_jobs.left"  # the same in that of a connection, before and after COMMIT
 _sleepers: dict[str, tuple[Wake, ...]] = {}
 _changing = threading.Lock()
+
+
+class _HasOptions(Protocol):
+    def update_execution_options(self, **opt: Any) -> None: ...
+
+
+E = TypeVar("E", bound=_HasOptions)
+
+
+def notify_workers(engine: E, *, within: str | timedelta = "1s") -> E:
+    """Let what schedules through ``engine`` wake workers in other processes, and on other hosts; return ``engine``.
+
+    On PostgreSQL a transaction that schedules a job which is due ``within`` this time sends one NOTIFY, which arrives
+    when it commits at the workers that have ``notify=True``. What is due later they find by their ``poll``, which
+    should be no longer. On other databases this does nothing. ``engine`` may be an AsyncEngine.
+    """
+    if not hasattr(engine, "update_execution_options"):
+        raise InvalidArgument(f"engine is {shown(engine)}; pass an Engine", argument="engine", value=engine)
+    engine.update_execution_options(**{_NOTIFY: timedelta(seconds=seconds_of(within, "within"))})
+    return engine
 
 
 def listen(engine: Engine, wake: Wake) -> None:
@@ -77,39 +109,112 @@ def unlisten(engine: Engine, wake: Wake) -> None:
             _sleepers[name] = rest
 
 
-def announce(session: Session, engine: Engine, run_at: datetime) -> None:
-    """Tell the workers of this process about a job for ``run_at``, once ``session`` has committed it."""
-    if not _sleepers or (name := _database(engine)) not in _sleepers:
+@dataclass(slots=True)
+class _Note:
+    """The earliest job that a transaction has scheduled through one connection, and whether it sent a NOTIFY."""
+
+    run_at: datetime
+    is_sent: bool = False
+
+
+_Notes = dict[SessionTransaction, dict[Connection, _Note]]
+
+
+def announce(session: Session, connection: Connection, run_at: datetime, *, now: datetime) -> None:
+    """Tell workers about a job for ``run_at``, which ``session`` has written, once that is committed."""
+    within: timedelta | None = connection.get_execution_options().get(_NOTIFY)
+    if within is None and (not _sleepers or _database(connection.engine) not in _sleepers):
         return
     transaction = session.get_nested_transaction() or session.get_transaction()
     if transaction is None:
         return
-    if _PENDING not in session.info:
-        session.info[_PENDING] = {}
-        event.listen(session, "after_commit", _committed)
-        event.listen(session, "after_soft_rollback", _rolled_back)
-    pending = session.info[_PENDING]
-    pending[name, transaction] = min(run_at, pending.get((name, transaction), run_at))
+    _hear_sessions()
+    notes: _Notes = session.info.setdefault(_NOTES, {})
+    note = notes.setdefault(transaction, {}).setdefault(connection, _Note(run_at))
+    note.run_at = min(note.run_at, run_at)
+    # A transaction that has sent one cannot be prepared for a two-phase commit.
+    is_wanted = within is not None and run_at - now <= within and not session.twophase
+    if is_wanted and backend_of(connection).notifies and not _is_sent(notes, transaction, connection):
+        statements.notify(connection)
+        note.is_sent = True
+
+
+def _is_sent(notes: _Notes, transaction: SessionTransaction | None, connection: Connection) -> bool:
+    while transaction is not None:
+        note = notes.get(transaction, {}).get(connection)
+        if note is not None and note.is_sent:
+            return True
+        transaction = transaction.parent
+    return False
+
+
+@cache
+def _hear_sessions() -> None:
+    # Once for all Sessions: a listener for each would take longer than the rest of `announce`.
+    event.listen(Session, "after_commit", _committed)
+    event.listen(Session, "after_transaction_end", _ended)
 
 
 def _committed(session: Session) -> None:
-    if session.in_nested_transaction():
+    notes: _Notes | None = session.info.get(_NOTES)
+    transaction = session.get_nested_transaction() or session.get_transaction()
+    if not notes or transaction is None or (mine := notes.pop(transaction, None)) is None:
         return
-    pending = session.info[_PENDING]
-    for (name, _), run_at in pending.items():
-        for wake in _sleepers.get(name, ()):
-            wake(run_at)
-    pending.clear()
+    outer = transaction.parent
+    for connection, note in mine.items():
+        if outer is not None:  # a SAVEPOINT is released: from now on it is the matter of what is around it
+            kept = notes.setdefault(outer, {}).setdefault(connection, note)
+            kept.run_at, kept.is_sent = min(kept.run_at, note.run_at), kept.is_sent or note.is_sent
+        elif connection.in_transaction():
+            _wait_for(connection, note.run_at)
+        else:
+            _wake(_database(connection.engine), note.run_at)
 
 
-def _rolled_back(session: Session, transaction: SessionTransaction) -> None:
-    pending: dict[tuple[str, SessionTransaction], datetime] = session.info[_PENDING]
-    for name, inner in list(pending):
-        outer: SessionTransaction | None = inner
-        while outer is not None and outer is not transaction:
-            outer = outer.parent
-        if outer is not None:
-            del pending[name, inner]
+def _ended(session: Session, transaction: SessionTransaction) -> None:
+    if notes := session.info.get(_NOTES):
+        notes.pop(transaction, None)  # it was not committed
+
+
+def _wake(name: str, run_at: datetime) -> None:
+    for wake in _sleepers.get(name, ()):
+        wake(run_at)
+
+
+# A Session may work in a transaction that somebody else began on its Connection: that of a job, or of a test. Only the
+# commit of that one counts. A Connection tells before it commits, and not after: the next that is heard of it is that
+# it begins again, or goes back to its pool.
+
+
+def _wait_for(connection: Connection, run_at: datetime) -> None:
+    name = _database(connection.engine)
+    _, earliest = connection.info.get(_JOINED, (name, run_at))
+    connection.info[_JOINED] = name, min(earliest, run_at)
+    event.listen(connection, "commit", _commits)
+    event.listen(connection, "rollback", _rolls_back)
+    event.listen(connection, "begin", _begins)
+    event.listen(connection.engine.pool, "checkin", _returned)
+
+
+def _commits(connection: Connection) -> None:
+    if (note := connection.info.pop(_JOINED, None)) is not None:
+        connection.info[_LEFT] = note
+
+
+def _rolls_back(connection: Connection) -> None:
+    connection.info.pop(_JOINED, None)
+    connection.info.pop(_LEFT, None)
+
+
+def _begins(connection: Connection) -> None:
+    if (note := connection.info.pop(_LEFT, None)) is not None:
+        _wake(*note)
+
+
+def _returned(_: object, record: Any) -> None:
+    record.info.pop(_JOINED, None)
+    if (note := record.info.pop(_LEFT, None)) is not None:
+        _wake(*note)
 
 
 def _database(engine: Engine) -> str:
@@ -131,7 +236,7 @@ class Watch:
         self._engine = engine
         self._wake = wake
         self._over = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="future_jobs watch", daemon=True)
+        self._thread = threading.Thread(target=self._run, name=f"future_jobs {type(self).__name__}", daemon=True)
 
     def start(self) -> None:
         """Begin to watch."""
@@ -141,26 +246,85 @@ class Watch:
         """Return once nothing is watched any more."""
         self._over.set()
         if self._thread.is_alive():
-            self._thread.join()
+            self._thread.join(timeout=5)  # it may be waiting for a database that is away
 
     def _run(self) -> None:
+        pause = FIRST_PAUSE
         while not self._over.is_set():
-            with suppress(SQLAlchemyError), self._engine.connect() as connection:
-                count = change_counter(connection)
-                if count is None:
-                    return
-                try:
-                    self._follow(count)
-                except Exception:  # the driver's; another connection will do
-                    connection.invalidate()
-            self._over.wait(1)
+            began = monotonic()
+            try:
+                with self._engine.connect() as connection:
+                    follow = self._follower(connection)
+                    if follow is None:
+                        return
+                    self._keep(connection, follow)
+            except Exception as error:  # the driver's own, too; another connection will do
+                if not self._over.is_set():
+                    events.logger.debug("%s lost its connection: %s", self._thread.name, error)
+            if monotonic() - began > LONGEST_PAUSE:
+                pause = FIRST_PAUSE
+            self._over.wait(random.uniform(pause / 2, pause))  # noqa: S311 (not a secret)
+            pause = min(2 * pause, LONGEST_PAUSE)
+
+    def _keep(self, connection: Connection, follow: Callable[[], None]) -> None:
+        try:
+            connection.detach()  # it is kept for good, and not one of those that the pool has to give
+            follow()
+        except Exception:
+            connection.invalidate()
+            raise
+
+    def _follower(self, connection: Connection) -> Callable[[], None] | None:
+        """Return what follows the commits of others until it is over; None if there is no way to."""
+        count = change_counter(connection)
+        return count and partial(self._follow, count)
 
     def _follow(self, count: Callable[[], int]) -> None:
-        seen, pause = count(), BUSY_SECONDS
+        seen, pause, woke_at, rest = count(), BUSY_SECONDS, monotonic(), BUSY_SECONDS
+        self._wake()  # for what came while nobody looked
         while not self._over.wait(pause):
             found = count()
             if found == seen:
                 pause = min(pause * 1.1, IDLE_SECONDS)
                 continue
-            seen, pause = found, BUSY_SECONDS
+            # The worker's own commits count as well: while it commits all the time it looks often enough by itself.
+            is_crowded = monotonic() - woke_at < 2 * rest
+            pause = rest = min(2 * rest, CROWDED_SECONDS) if is_crowded else BUSY_SECONDS
+            seen, woke_at = found, monotonic()
             self._wake()
+
+
+class Listener(Watch):
+    """A thread that calls ``wake`` when it is notified, where the database can do that."""
+
+    def __init__(self, engine: Engine, wake: Callable[[], Any]) -> None:
+        super().__init__(engine, wake)
+        self._bell, self._ear = socket.socketpair()  # a thread that waits for a connection hears no Event
+
+    def stop(self) -> None:
+        """Return once nothing is listened to any more."""
+        self._over.set()
+        self._bell.close()
+        super().stop()
+        self._ear.close()
+
+    def _follower(self, connection: Connection) -> Callable[[], None]:
+        connection = connection.execution_options(isolation_level="AUTOCOMMIT")
+        return partial(self._listen, connection, connection.connection.driver_connection)
+
+    def _listen(self, connection: Connection, driver: Any) -> None:
+        statements.listen(connection)
+        self._wake()
+        with selectors.DefaultSelector() as selector:
+            selector.register(self._ear, selectors.EVENT_READ)
+            selector.register(driver.fileno(), selectors.EVENT_READ)
+            while not self._over.is_set():
+                if not selector.select(PROBE_SECONDS):
+                    statements.clock(connection)
+                if received(driver):
+                    self._wake()
+
+
+def watch(engine: Engine, wake: Callable[[], Any], *, notify: bool) -> Watch:
+    """Return what notices the commits of others: notifications if ``notify``, else the count of commits."""
+    return Listener(engine, wake) if notify else Watch(engine, wake)

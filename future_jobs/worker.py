@@ -28,11 +28,11 @@ from sqlalchemy.engine import Connection, Engine
 from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.orm import scoped_session, sessionmaker
 
-from . import events, execution, lifecycle, schema, statements, ticks, wakeups
+from . import events, execution, lifecycle, schema, statements, tick_statements, ticks, wakeups
 from .callables import Allow
 from .claims import Claims, Taken, Wish
 from .crew import Crew, PatientPerformer, opener
-from .dialects import is_single_connection
+from .dialects import can_listen, is_single_connection
 from .errors import DatabaseBusy, InvalidOption, NotSupported, shown
 from .leases import Leases
 from .lifecycle import Released, Snoozed
@@ -68,7 +68,8 @@ class Worker:
     run at once; ``"*"`` stands for all that are not named. ``lease`` is how long after its death a worker's jobs stay
     its own, ``poll`` how often it looks, at least. ``prefetch`` is how many jobs it may hold beyond its slots (None:
     what they finish in a tenth of a second). ``max_jobs`` ends it after that many; ``retention`` is how long complete
-    jobs are kept (None: for ever). ``executor`` runs the jobs, in this process.
+    jobs are kept (None: for ever). ``executor`` runs the jobs, in this process. ``notify`` makes it listen, on
+    PostgreSQL, for what `notify_workers` lets others send.
     """
 
     def __init__(
@@ -85,6 +86,7 @@ class Worker:
         prefetch: int | None = None,
         max_jobs: int | None = None,
         retention: str | timedelta | None = None,
+        notify: bool = False,
     ) -> None:
         self.queues = dict(queues or {"default": 10})
         self.lanes = lanes_of(self.queues, prefetch)
@@ -102,6 +104,7 @@ class Worker:
         self.engine, self._make, self._owns_engine = opened(source, connections=sum(self.queues.values()))
         scoped = self._make if isinstance(self._make, scoped_session) else None
         self.scheduler = Scheduler(scoped or self._make(), timezone=timezone, allow=allow)
+        self.notify = notify and can_listen(self.engine)
         self._around = None if scoped is None else InRegistry(scoped)
         self._given_executor = executor
         self._pid = os.getpid()
@@ -123,6 +126,7 @@ class Worker:
         self._alarm = wakeups.Alarm()
         self._held: dict[Token, Claimed] = {}
         self._stale_after = 0.0
+        self._rested_at = 0.0  # until when looks take no more than a twentieth of the time of a busy worker
         self._misses = 0
         self._deadline = math.inf
         self._crew: Crew | None = None
@@ -143,9 +147,12 @@ class Worker:
             raise crew.runner.problem
         done = crew.outbox.take()
         try:
-            if monotonic() >= self._stale_after or any(
-                ended.is_written for ended in done
-            ):  # it may have scheduled more
+            # A job that wrote something may have scheduled more.
+            is_stale = monotonic() >= min(self._stale_after, crew.tick_at) or any(each.is_written for each in done)
+            put_off = self._rest() if is_stale else 0.0
+            if put_off:
+                self._stale_after = 0.0
+            elif is_stale:
                 self._look(crew)
             wishes = [] if self.is_stopping else crew.claims.wishes(self.max_jobs - len(self._held) - self.ran)
             claimed = self._settle_and_claim(crew, done, wishes) if done or wishes else 0
@@ -154,7 +161,8 @@ class Worker:
             raise
         for lane in self.lanes.values():
             crew.runner.start(lane)
-        return self._delay(crew, wanted=bool(wishes), claimed=claimed)
+        delay = self._delay(crew, wanted=bool(wishes), claimed=claimed)
+        return min(delay, put_off) if put_off else delay
 
     def run(self, *, timeout: str | timedelta = "30s") -> None:
         """Work until SIGTERM or SIGINT, `stop`, or ``max_jobs``.
@@ -181,6 +189,10 @@ class Worker:
 
     # --- looking
 
+    def _rest(self) -> float:
+        """Return for how long a worker that is busy puts off its next look; where looks are slow, they are seldom."""
+        return max(0.0, self._rested_at - monotonic()) if any(lane.busy for lane in self.lanes.values()) else 0.0
+
     def _look(self, crew: Crew) -> None:
         """See which levels have jobs waiting; expire what is too late. Writes nothing where nothing is."""
         if monotonic() >= crew.measure_at:
@@ -194,25 +206,35 @@ class Worker:
         for token in crew.outbox.take_lost():
             self._forget(crew, token)
 
-        if monotonic() >= crew.tick_at:
-            ticks.tick(crew.units, now=now)
-            crew.tick_at = monotonic() + self.poll
-
-        def look(connection: Connection) -> tuple[list[Level], list[Level]]:
+        def look(connection: Connection) -> tuple[list[Level], list[Level], datetime | None]:
             found = crew.claims.levels(connection)
             due = [level for level in found if level.first_at <= now] if monotonic() >= crew.expire_at else []
-            startable = crew.claims.startable(connection, found)
-            return startable, [level for level in due if statements.is_any_expired(connection, level, now=now)]
+            late = [level for level in due if statements.is_any_expired(connection, level, now=now)]
+            return crew.claims.startable(connection, found), late, tick_statements.next_tick(connection)
 
         self._stale_after = monotonic() + LOOK_SECONDS  # what wakes it meanwhile makes it stale again
         began = monotonic()
-        crew.claims.view, late = crew.units.read(look)
+        crew.claims.view, late, next_tick = crew.units.read(look)
+        took = monotonic() - began
+        self._rested_at = monotonic() + 20 * took
         if began >= crew.expire_at:  # that reads all that is due: seldom, where it takes long
-            crew.expire_at = monotonic() + max(self.poll, 20 * (monotonic() - began))
+            crew.expire_at = monotonic() + max(self.poll, 20 * took)
         for level in late:
             for row in crew.units.write(partial(lifecycle.expire, level=level, now=now)):
                 tell("expired", row, run_at=row.run_at, expires_at=row.expires_at)
             crew.expire_at = self._stale_after = 0.0
+        self._recur(crew, next_tick, now)
+
+    def _recur(self, crew: Crew, next_at: datetime | None, now: datetime) -> None:
+        """Make jobs of the recurring jobs that are due, or note when the next is."""
+        if next_at is None:
+            crew.tick_at = math.inf
+        elif next_at > now:
+            crew.tick_at = monotonic() + (next_at - now).total_seconds()
+        elif monotonic() >= crew.tick_at:
+            crew.tick_at = monotonic() + self.poll  # one that cannot go on is not tried at every look
+            ticks.tick(crew.units, now=now)
+            self._stale_after = 0.0
 
     def _prune(self, crew: Crew, retention: timedelta) -> None:
         before = crew.context.time() - retention
@@ -269,6 +291,7 @@ class Worker:
         if self.is_stopping:
             return 0.0
         longest = STALL_SECONDS if any(lane.may_stall for lane in self.lanes.values()) else self.poll
+        longest = min(longest, max(0.0, crew.tick_at - monotonic()))
         if wanted and not claimed:  # others were faster, or hold what is due
             self._misses += 1
             crew.expire_at = self._stale_after = 0.0  # or all of it is too late
@@ -336,7 +359,7 @@ class Worker:
             context=context,
             performer=performer,
             leases=leases,
-            watch=wakeups.Watch(engine, self._wake),
+            watch=wakeups.watch(engine, self._wake, notify=self.notify),
             claims=Claims(self.lanes, worker=name, time=now, lease_end=leases.end),
             runner=self._runner(performer, outbox, alone=alone),
             outbox=outbox,

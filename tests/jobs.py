@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from sqlalchemy.orm import Session
 
-from future_jobs import ScheduledJob, job, job_as_parameter
+from future_jobs import ScheduledJob, Scheduler, job, job_as_parameter
 from tests.shop import Letter
 
 CALLS: list = []
@@ -43,6 +43,10 @@ def write_then_fail(text, session: Session):
 
 def annotated(number, job: ScheduledJob, session: Session):
     CALLS.append((number, job.id, job.session is session))
+
+
+def schedule_another(session: Session):
+    Scheduler.of(session).enqueue("tests.jobs.record")
 
 
 def about(order, *args):

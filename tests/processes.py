@@ -16,7 +16,7 @@ from pathlib import Path
 from sqlalchemy import create_engine
 from sqlalchemy.orm import Session
 
-from future_jobs import Scheduler, current_job
+from future_jobs import Scheduler, current_job, notify_workers
 
 ROOT = Path(__file__).parent.parent
 LEDGER = "FUTURE_JOBS_TEST_LEDGER"
@@ -88,6 +88,14 @@ def schedule_and_run(session: Session, count: str) -> list[int]:
         scheduler.enqueue("tests.processes.note_in_database")
         session.commit()
     return run_until_nothing_is_due(session)
+
+
+def enqueue(session: Session, name: str) -> list[int]:
+    """Schedule a job for now, of which the workers that listen are notified."""
+    notify_workers(session.get_bind())
+    job_id = Scheduler(session).enqueue(name).id
+    session.commit()
+    return [job_id]
 
 
 def declare(session: Session, now: str, *names: str) -> list[int]:

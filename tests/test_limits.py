@@ -162,7 +162,7 @@ def hold(session, job):
     """Let another worker run ``job``, for as long as a lease."""
     now = utc_now()
     connection = session.connection()
-    found = statements.lock_waiting(connection, [job.id], now=now, most_losses=9)
+    found = statements.lock_waiting(connection, [job.id], now=now)
     statements.take(
         connection, [row.id for row in found], worker="other", leased_until=now + timedelta(minutes=1), started_at=now
     )

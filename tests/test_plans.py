@@ -80,7 +80,8 @@ def said_by(connection, work):
     said = []
 
     def hear(_, __, statement, parameters, *___):
-        said.append((statement, parameters))
+        if not statement.startswith("SET "):
+            said.append((statement, parameters))
 
     event.listen(connection, "before_cursor_execute", hear)
     work(connection)
@@ -143,3 +144,14 @@ def test_the_loop_finds_its_rows_by_an_index(loaded, kind):
                     found = list(complaints(connection, statement, parameters))
                     connection.rollback()
                 assert found == [], f"{name}, with {statistics} statistics: {statement}"
+
+
+@pytest.mark.parametrize("kind", ["postgresql"], indirect=True)
+def test_a_look_is_never_compiled_and_the_connection_stays_as_it_was(engine):
+    with engine.connect() as connection:
+        setting = connection.scalar(text("SHOW jit"))
+        connection.rollback()
+        st.levels(connection)
+        assert connection.scalar(text("SHOW jit")) == "off"
+        connection.rollback()
+        assert connection.scalar(text("SHOW jit")) == setting

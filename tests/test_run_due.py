@@ -3,7 +3,8 @@
 from datetime import UTC, datetime, timedelta
 
 import pytest
-from sqlalchemy import select, text, update
+from sqlalchemy import func, select, text, update
+from sqlalchemy.orm import Session
 
 from future_jobs import (
     JobFailure,
@@ -378,6 +379,24 @@ def test_a_job_of_a_dead_worker_is_rescued_after_its_lease(scheduler, session, n
     assert (report.complete, job.status, job.attempt, job.losses) == (1, "complete", 2, 1)
     [failure] = session.scalars(select(JobFailure))
     assert (failure.attempt, failure.error_type, failure.worker) == (1, "WorkerLost", "dead")
+
+
+def how_many_run(session: Session):
+    calls_of_how_many_run.append(session.scalar(select(func.count()).where(ScheduledJob.status == "running")))
+
+
+calls_of_how_many_run: list[int] = []
+
+
+def test_jobs_that_were_lost_before_are_taken_last_and_one_at_a_time(scheduler, session, now):
+    calls_of_how_many_run.clear()
+    ids = scheduler.schedule_many(now, "tests.test_run_due.how_many_run", [{} for _ in range(6)])
+    session.execute(update(ScheduledJob).where(ScheduledJob.id.in_(ids[:3])).values(losses=1))
+    session.commit()
+    report = scheduler.run_due(now)
+    assert report.job_ids == ids[3:] + ids[:3]
+    assert calls_of_how_many_run[3:] == [1, 1, 1]
+    assert max(calls_of_how_many_run[:3]) > 1
 
 
 def test_a_job_that_lost_five_workers_fails(scheduler, session, now, calls):

@@ -3,15 +3,26 @@
 from __future__ import annotations
 
 import threading
-from datetime import UTC, datetime
+from datetime import datetime, timedelta
 from time import monotonic
+from types import SimpleNamespace
 
 import pytest
-from sqlalchemy import create_engine
-from sqlalchemy.orm import Session
+from sqlalchemy import create_engine, event, select, text
+from sqlalchemy.orm import Session, scoped_session, sessionmaker
 
-from future_jobs import Scheduler, wakeups
-from future_jobs.wakeups import Alarm, Watch
+from future_jobs import (
+    InvalidArgument,
+    InvalidTime,
+    NotSupported,
+    ScheduledJob,
+    Scheduler,
+    Worker,
+    notify_workers,
+    wakeups,
+)
+from future_jobs.wakeups import Alarm, Listener, Watch
+from tests import processes
 
 
 @pytest.fixture
@@ -104,7 +115,109 @@ def test_another_database_is_not(scheduler, session, tmp_path):
 
 def test_nobody_who_does_not_sleep_is_noted(scheduler, session):
     scheduler.enqueue("tests.jobs.record")
-    assert wakeups._PENDING not in session.info
+    assert wakeups._NOTES not in session.info
+
+
+def test_a_session_that_is_closed_instead_of_committed_wakes_nobody_and_keeps_nothing(scheduler, session, woken):
+    for _ in range(3):
+        scheduler.enqueue("tests.jobs.record")
+        session.begin_nested()
+        scheduler.enqueue("tests.jobs.record")
+        session.close()
+    session.commit()
+    assert woken == []
+    assert session.info[wakeups._NOTES] == {}
+
+
+def test_a_savepoint_that_is_closed_is_rolled_back(scheduler, session, woken):
+    savepoint = session.begin_nested()
+    scheduler.enqueue("tests.jobs.record")
+    savepoint.close()
+    session.commit()
+    assert woken == []
+
+
+def test_a_scoped_session_wakes_too(engine, woken):
+    scoped = scoped_session(sessionmaker(engine))
+    for _ in range(2):
+        Scheduler(scoped).enqueue("tests.jobs.record")
+        scoped.commit()
+        scoped.remove()
+    assert len(woken) == 2
+
+
+def test_what_is_made_up_for_wakes(scheduler, session, woken, now):
+    scheduler.recurring("often", "15m", "tests.jobs.record")
+    session.commit()
+    assert woken == []
+    scheduler.backfill("often", now - timedelta(hours=1), now)
+    session.commit()
+    assert len(woken) == 1
+
+
+@pytest.mark.parametrize("kind", ["mariadb"], indirect=True)
+def test_a_two_phase_commit_wakes(engine, woken):
+    with Session(engine, twophase=True) as session:
+        Scheduler(session).enqueue("tests.jobs.record")
+        session.commit()
+    assert len(woken) == 1
+
+
+# --- a Session in a transaction that is not its own -----------------------------------------------------------------
+
+
+@pytest.fixture
+def connection(engine):
+    with engine.connect() as connection:
+        yield connection
+
+
+def scheduled_inside(connection):
+    with Session(connection) as session:
+        Scheduler(session).enqueue("tests.jobs.record")
+        session.commit()
+
+
+def test_a_commit_inside_of_anothers_transaction_wakes_when_that_is_committed(connection, woken):
+    with connection.begin():
+        scheduled_inside(connection)
+        scheduled_inside(connection)
+    connection.close()
+    assert len(woken) == 1
+
+
+def test_and_nobody_if_that_is_rolled_back(connection, woken):
+    with connection.begin() as transaction:
+        scheduled_inside(connection)
+        transaction.rollback()
+    connection.close()
+    assert woken == []
+
+
+def test_a_connection_that_goes_on_has_committed(connection, woken):
+    with connection.begin():
+        scheduled_inside(connection)
+    with connection.begin():
+        assert len(woken) == 1
+        scheduled_inside(connection)
+    connection.close()
+    assert len(woken) == 2
+
+
+@pytest.mark.parametrize("kind", ["file", "postgresql", "mariadb"], indirect=True)
+def test_what_a_handler_schedules_is_there_when_it_wakes(engine, scheduler, session, other):
+    seen = []
+    scheduler.enqueue("tests.jobs.schedule_another")
+    session.commit()
+
+    def look(_):
+        seen.append(len(other.scalars(select(ScheduledJob).where(ScheduledJob.status == "scheduled")).all()))
+        other.rollback()
+
+    wakeups.listen(engine, look)
+    scheduler.run_due()
+    wakeups.unlisten(engine, look)
+    assert seen == [1]
 
 
 def test_an_alarm_that_rang_before_the_sleep_ends_it_and_only_that_one():
@@ -132,16 +245,26 @@ def test_an_alarm_rings_in_another_thread():
 
 @pytest.mark.parametrize("kind", ["file"], indirect=True)
 def test_a_commit_by_anybody_is_seen_where_the_database_counts_them(engine, scheduler, session):
-    seen = threading.Event()
-    watch = Watch(engine, seen.set)
+    wakes = threading.Semaphore(0)
+    watch = Watch(engine, wakes.release)
     watch.start()
-    job = None
-    while not seen.wait(0.05):  # the watch may not have begun at the first
-        job = scheduler.schedule("1h", "tests.jobs.record")
-        session.commit()
+    assert wakes.acquire(timeout=20)  # it watches
+    scheduler.schedule("1h", "tests.jobs.record")
+    session.commit()
+    assert wakes.acquire(timeout=20)
     watch.stop()
-    assert job is not None
-    assert datetime.now(UTC) < job.run_at
+
+
+@pytest.mark.parametrize("kind", ["file"], indirect=True)
+def test_a_watch_takes_no_connection_from_the_pool(engine):
+    small = create_engine(engine.url, pool_size=1, max_overflow=0, pool_timeout=5)
+    wakes = threading.Semaphore(0)
+    watch = Watch(small, wakes.release)
+    watch.start()
+    assert wakes.acquire(timeout=20)
+    small.connect().close()
+    watch.stop()
+    small.dispose()
 
 
 @pytest.mark.parametrize("kind", ["postgresql", "mariadb"], indirect=True)
@@ -151,3 +274,145 @@ def test_where_there_is_no_count_the_watch_ends(engine):
     watch._thread.join(20)
     assert not watch._thread.is_alive()
     watch.stop()
+
+
+# --- notifications ------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def said(engine):
+    """The times that a NOTIFY was sent."""
+    said = []
+
+    def hear(_, __, statement, *___):
+        if "pg_notify" in statement:
+            said.append(statement)
+
+    event.listen(notify_workers(engine), "before_cursor_execute", hear)
+    return said
+
+
+@pytest.fixture
+def inbox(engine):
+    """What a connection that listens has received when it is asked."""
+    with create_engine(engine.url, isolation_level="AUTOCOMMIT").connect() as connection:
+        connection.execute(text("LISTEN future_jobs"))
+        driver = connection.connection.driver_connection
+        yield lambda: [(each.channel, each.payload) for each in driver.notifies(timeout=0.1)]
+        connection.detach()
+
+
+postgresql = pytest.mark.parametrize("kind", ["postgresql"], indirect=True)
+
+
+@postgresql
+def test_a_transaction_notifies_once(scheduler, session, said, inbox):
+    scheduler.schedule_many("0s", "tests.jobs.record", [{} for _ in range(10)])
+    scheduler.enqueue("tests.jobs.record")
+    with session.begin_nested():
+        scheduler.enqueue("tests.jobs.record")
+    assert inbox() == []
+    session.commit()
+    assert inbox() == [("future_jobs", "")]
+    scheduler.enqueue("tests.jobs.record")
+    session.commit()
+    assert len(said) == 2
+
+
+@postgresql
+def test_what_is_rolled_back_notifies_nobody(scheduler, session, said, inbox):
+    scheduler.enqueue("tests.jobs.record")
+    session.rollback()
+    with session.begin_nested() as savepoint:
+        scheduler.enqueue("tests.jobs.record")
+        savepoint.rollback()
+    session.commit()
+    assert inbox() == []
+    assert len(said) == 2
+
+
+@postgresql
+def test_what_follows_a_savepoint_that_is_rolled_back_notifies(scheduler, session, said, inbox):
+    with session.begin_nested() as savepoint:
+        scheduler.enqueue("tests.jobs.record")
+        savepoint.rollback()
+    scheduler.enqueue("tests.jobs.record")
+    session.commit()
+    assert inbox() == [("future_jobs", "")]
+
+
+@postgresql
+def test_a_savepoint_that_is_released_has_notified(scheduler, session, said):
+    with session.begin_nested():
+        scheduler.enqueue("tests.jobs.record")
+    scheduler.enqueue("tests.jobs.record")
+    session.commit()
+    assert len(said) == 1
+
+
+def test_a_job_for_later_notifies_nobody(scheduler, session, said):
+    scheduler.schedule("2s", "tests.jobs.record")
+    session.commit()
+    assert said == []
+
+
+@postgresql
+def test_how_much_later_can_be_said(engine, scheduler, session, said):
+    notify_workers(engine, within="1m")
+    scheduler.schedule("30s", "tests.jobs.record")
+    session.commit()
+    assert len(said) == 1
+
+
+@pytest.mark.parametrize("kind", ["memory", "file", "mariadb"], indirect=True)
+def test_where_there_are_no_notifications_nothing_is_sent(scheduler, session, said, engine):
+    scheduler.enqueue("tests.jobs.record")
+    session.commit()
+    assert said == []
+    Worker(engine, notify=True).stop()
+
+
+@postgresql
+def test_a_transaction_of_two_phases_cannot_notify(engine, said):
+    with Session(engine, twophase=True) as session:
+        Scheduler(session).enqueue("tests.jobs.record")
+        session.rollback()
+    assert said == []
+
+
+@postgresql
+def test_a_listener_that_loses_its_connection_takes_another(engine, scheduler, session):
+    notify_workers(engine)
+    wakes = threading.Semaphore(0)
+    listener = Listener(engine, wakes.release)
+    listener.start()
+    assert wakes.acquire(timeout=20)
+    session.execute(text("SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE query = 'LISTEN future_jobs'"))
+    session.commit()
+    assert wakes.acquire(timeout=20)  # it listens again
+    scheduler.enqueue("tests.jobs.record")
+    session.commit()
+    assert wakes.acquire(timeout=20)
+    listener.stop()
+
+
+@postgresql
+def test_a_worker_that_listens_need_not_look(engine, calls):
+    process = processes.start(engine.url.render_as_string(hide_password=False), "enqueue", "tests.jobs.record")
+    with Worker(engine, poll="1h", max_jobs=1, notify=True).background() as worker:
+        processes.together([process])
+        worker._closed.wait(20)
+    assert len(calls) == 1
+
+
+def test_a_driver_that_cannot_listen_is_refused():
+    dbapi = SimpleNamespace(paramstyle="format", __version__="1.31.0")
+    engine = create_engine("postgresql+pg8000://127.0.0.1/shop", module=dbapi)
+    with pytest.raises(NotSupported, match=r"postgresql\+psycopg://"):
+        Worker(engine, notify=True)
+
+
+@pytest.mark.parametrize(("given", "within", "error"), [(None, "1s", InvalidArgument), ("engine", "1mo", InvalidTime)])
+def test_notify_workers_says_what_it_takes(given, within, error):
+    with pytest.raises(error):
+        notify_workers(given and create_engine("sqlite://"), within=within)

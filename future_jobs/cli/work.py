@@ -90,6 +90,7 @@ Examples:
 @click.option("--max-jobs", type=click.IntRange(1), metavar="N", help="End after N jobs.")
 @click.option("--retention", metavar="TIME", help="Delete complete jobs after this time.")
 @click.option("--name", metavar="NAME", help="What its leases begin with, beside host and process.")
+@click.option("--notify", is_flag=True, help="Listen for what others schedule, on PostgreSQL.")
 @click.option("-q", "--quiet", is_flag=True, help="Say nothing of what goes well.")
 @click.pass_context
 def worker(ctx: click.Context, /, *, timeout: str, quiet: bool, **settings: Any) -> None:
@@ -134,12 +135,13 @@ def _write_banner(given: Given, scheduler: Scheduler, made: Worker, settings: di
     from future_jobs import __version__  # noqa: PLC0415
 
     url = database(scheduler).engine.url.render_as_string(hide_password=True)
+    listens = ", and listens" if made.notify else ""
     queues = ", ".join(f"{'all others' if name == '*' else name} {slots}" for name, slots in made.queues.items())
     say(paint(f"future-jobs {__version__} worker, process {os.getpid()}", bold=True))
     for label, words in (
         ("jobs", f"{tidy(given.place)}, in {tidy(url)}"),
         ("queues", f"{tidy(queues)} at once"),
-        ("lease", f"{settings['lease']}, looks every {settings['poll']} at least"),
+        ("lease", f"{settings['lease']}, looks every {settings['poll']} at least{listens}"),
     ):
         say(f"  {label.ljust(7)} {words}")
     say("  Ctrl-C or SIGTERM ends it once what runs is finished, a second one at once.")
