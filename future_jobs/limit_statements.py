@@ -7,7 +7,7 @@ from datetime import datetime, timedelta
 from functools import cache
 from typing import Any, NamedTuple, cast
 
-from sqlalchemy import Select, Text, and_, bindparam, delete, func, insert, or_, select, type_coerce, update
+from sqlalchemy import Select, Text, and_, bindparam, delete, func, or_, select, type_coerce, update
 from sqlalchemy.engine import Connection, Row
 from sqlalchemy.schema import Table
 from sqlalchemy.sql.dml import Insert
@@ -177,8 +177,8 @@ def resume(connection: Connection, queue: str) -> bool:
 
 
 def register(connection: Connection, values: Mapping[str, Any]) -> None:
-    """Insert the row of a worker that starts."""
-    connection.execute(insert(WORKERS), dict(values))
+    """Insert the row of a worker that starts, unless it is there: the first try may have been committed."""
+    connection.execute(insert_unless_there(backend_of(connection), WORKERS), dict(values))
 
 
 def seen(connection: Connection, name: str, *, now: datetime) -> bool:
