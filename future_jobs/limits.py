@@ -198,7 +198,7 @@ class State:
     until: datetime | None
 
 
-def state_of(row: Waiting, running: dict[str, int], starts: dict[str, Starts], now: datetime) -> State | None:
+def state_of(row: Waiting, running: Counter[str], starts: dict[str, Starts], now: datetime) -> State | None:
     """Return what holds ``row`` back, None if nothing does."""
     if row.concurrency_key is not None and running[row.concurrency_key] >= (row.concurrency_limit or 1):
         return State(None)

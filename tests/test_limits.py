@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from datetime import timedelta
+from time import monotonic
 
 import pytest
 from sqlalchemy import select, update
 
-from future_jobs import ScheduledJob, Status, statements
+from future_jobs import ScheduledJob, Status, Worker, statements
 from future_jobs.errors import InvalidArgument, InvalidOption
 from future_jobs.models import Limit
 from future_jobs.times import utc_now
@@ -167,3 +168,44 @@ def hold(session, job):
         connection, [row.id for row in found], worker="other", leased_until=now + timedelta(minutes=1), started_at=now
     )
     session.commit()
+
+
+# --- in a worker: nothing here waits for the next look ----------------------------------------------------------------
+
+
+def test_the_next_of_a_key_starts_when_the_one_before_ends(engine, scheduler, session, calls):
+    scheduler.schedule_many("0s", RECORD, [{"args": [n]} for n in range(6)], concurrency_key="k")
+    session.commit()
+    began = monotonic()
+    Worker(engine, poll="60s", max_jobs=6).run()
+    assert calls == [(n,) for n in range(6)]
+    assert monotonic() - began < 30
+
+
+def test_a_worker_sleeps_until_the_rate_allows_the_next(engine, scheduler, session, calls):
+    scheduler.schedule_many("0s", RECORD, [{"args": [n]} for n in range(6)], rate_limit="2/300ms")
+    session.commit()
+    began = monotonic()
+    worker, ticks = Worker(engine, poll="60s"), 0
+    while worker.ran < 6:
+        worker._alarm.sleep(worker.tick())
+        ticks += 1
+    worker.stop()
+    assert len(calls) == 6
+    assert 0.59 < monotonic() - began < 30
+    assert ticks < 60  # it slept
+
+
+def test_a_limited_job_is_never_claimed_ahead_of_a_slot(engine, kind, scheduler, session):
+    if kind == "memory":
+        pytest.skip("one slot")
+    scheduler.schedule_many("0s", RECORD, [{} for _ in range(20)], concurrency_key="k", concurrency_limit=20)
+    session.commit()
+    worker = Worker(engine, queues={"default": 2}, prefetch=50, max_jobs=20)
+    most = 0
+    while not worker.is_stopping:
+        worker.tick()
+        most = max(most, len(worker._held))
+    worker.stop()
+    assert 1 <= most <= 4  # two that run, and two that have just ended
+    assert statuses(session) == [Status.COMPLETE] * 20

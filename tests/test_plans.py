@@ -9,7 +9,7 @@ import pytest
 from sqlalchemy import event, insert, text
 from sqlalchemy.orm import Session
 
-from future_jobs import Scheduler, create_tables
+from future_jobs import Scheduler, create_tables, limit_statements
 from future_jobs import statements as st
 from future_jobs.dialects import backend_of
 from future_jobs.statements import Level
@@ -22,7 +22,8 @@ TABLE = "future_jobs_scheduled_job"
 
 @pytest.fixture
 def loaded(empty_engine):
-    """Many future jobs of better priorities, many finished ones, and a few that are due, run, or were abandoned.
+    """Many future jobs of better priorities, many finished ones, many that are due and wait for one of their key, and a
+    few that are due, run, or were abandoned.
 
     In a database of its own: one that is used again has dead rows, which an index scan steps over, and statistics.
     """
@@ -35,6 +36,7 @@ def loaded(empty_engine):
         for n in range(ROWS)
     ]
     rows += [{**shared, "status": "complete", "priority": 0, "run_at": NOW, "nominal_at": NOW} for _ in range(ROWS)]
+    rows += [{**row, **HELD, "status": "scheduled"} for row in rows[-ROWS // 2 :]]
     with engine.begin() as connection:
         for start in range(0, len(rows), 5_000):
             connection.execute(insert(st.JOBS), rows[start : start + 5_000])
@@ -62,6 +64,20 @@ def claimed(connection, level, *, worker="me", limit=100, most_losses=9):
     )
 
 
+def due_and_limited(connection, after):
+    level = Level("default", 0, HELD["run_at"], limited=True)
+    found = limit_statements.due(connection, level, after=after, newest=1 << 62, without=["x"], now=NOW, limit=100)
+    assert len(found) in {0, 100}
+    return found
+
+
+HELD = {
+    "run_at": NOW - timedelta(minutes=2),
+    "limited": True,
+    "limited_by": "1 - key:k",
+    "concurrency_key": "k",
+    "concurrency_limit": 1,
+}
 DUE, FUTURE = Level("default", 0, NOW - timedelta(minutes=1)), Level("default", 5, NOW + timedelta(days=1))
 LOOP = {
     "levels": st.levels,
@@ -71,6 +87,9 @@ LOOP = {
     "look for expired": lambda connection: st.is_any_expired(connection, FUTURE, now=NOW),
     "renew": lambda connection: st.renew(connection, "the living", NOW + timedelta(minutes=2)),
     "held by": lambda connection: st.held_by(connection, "the living"),
+    "look at limited": lambda connection: due_and_limited(connection, after=(HELD["run_at"], 0)),
+    "go on looking at limited": lambda connection: due_and_limited(connection, after=(NOW - timedelta(minutes=1), 0)),
+    "count what runs of a key": lambda connection: limit_statements.running(connection, ["k", "l"]),
     "leases": lambda connection: st.leases(connection, before=NOW, limit=100),
 }
 
