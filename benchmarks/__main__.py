@@ -14,9 +14,10 @@ from time import perf_counter, strftime
 
 import sqlalchemy
 
-from benchmarks.cases import CASES, ONCE, sizes_for
+from benchmarks.cases import CASES, ONCE
 from benchmarks.databases import KINDS, answers
 from benchmarks.measure import Result, table
+from benchmarks.sizes import sizes_for
 
 RESULTS = Path(__file__).parent / "results"
 

@@ -6,49 +6,19 @@ import subprocess
 import sys
 import tracemalloc
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 from sqlalchemy.orm import Session
 
-from benchmarks import jobs
+from benchmarks import jobs, workers
 from benchmarks.databases import DEFAULT, Place, fresh
 from benchmarks.measure import Result, compared, interleaved, rate
 from benchmarks.pickup import idle, pickup
+from benchmarks.sizes import Sizes
 from future_jobs import Scheduler
 
-
-@dataclass(frozen=True, slots=True)
-class Sizes:
-    """How much work a case does, and how often."""
-
-    rounds: int = 5
-    single: int = 1_000
-    bulk: int = 100_000
-    drain: int = 20_000
-    exact: int = 2_000
-    backlog: int = 10_000
-    rows: int = 1_000_000  # not due, and as many finished
-    tries: int = 70  # to be picked up, in each round
-    idle: float = 10.0  # seconds of nothing to do
-
-
-QUICK = Sizes(rounds=3, single=200, bulk=10_000, drain=4_000, exact=400, backlog=2_000, rows=50_000)
-QUICK = replace(QUICK, tries=20, idle=3.0)
-SERVER = Sizes(rounds=3, single=300, bulk=20_000, drain=4_000, exact=500, backlog=4_000, rows=200_000)
-SERVER_QUICK = replace(
-    SERVER, single=100, bulk=4_000, drain=1_000, exact=200, backlog=1_000, rows=20_000, tries=20, idle=3.0
-)
-
-
-def sizes_for(kind: str, *, quick: bool) -> Sizes:
-    """Return how much work fits into a run of some minutes; a server syncs every commit."""
-    if kind == "sqlite":
-        return QUICK if quick else Sizes()
-    return SERVER_QUICK if quick else SERVER
-
-
-# The bounds hold on a SQLite file; on the servers they are the goals of the worker, shown and not enforced.
+# The bounds of run_due hold on a SQLite file; on the servers they are goals, shown and not enforced.
 FLOORS: Mapping[str, Mapping[str, float]] = {
     "schedule": {"sqlite": 0.10, "postgresql": 0.3},
     "schedule_many": {"sqlite": 0.4, "postgresql": 0.5, "mariadb": 1.0},
@@ -203,8 +173,9 @@ def backlog(kind: str, sizes: Sizes) -> Iterator[Result]:
                 return rate(count, work)
 
         rates = interleaved(sizes.rounds, lambda: _drain(empty, "nothing", count), loaded)
-        name = f"{count:,} due among {sizes.rows:,} future + {sizes.rows:,} finished"
+        name = f"run_due, {count:,} due among {sizes.rows:,} future + {sizes.rows:,} finished"
         yield compared(name, kind, rates, what="full / empty table", **_bound("backlog", kind))
+        yield from workers.backlog(kind, sizes, full=full, empty=empty)
 
 
 # --- memory and import --------------------------------------------------------------------------------------------
@@ -280,10 +251,13 @@ CASES: Mapping[str, Callable[[str, Sizes], Iterator[Result]]] = {
     "schedule_many": schedule_many,
     "run_due": run_due,
     "exact": exact,
+    "worker": workers.drain,
+    "worker_exact": workers.exact,
     "backlog": backlog,
+    "worker_memory": workers.growth,
     "pickup": pickup,
     "idle": idle,
     "memory": memory,
     "import": importing,
 }
-ONCE = {"import": "sqlite", "memory": "sqlite"}  # cases that are about this process, whatever the database
+ONCE = {"import": "sqlite", "memory": "sqlite", "worker_memory": "sqlite"}  # what does not depend on the database

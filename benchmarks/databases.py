@@ -5,9 +5,10 @@ from __future__ import annotations
 import os
 import secrets
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from sqlalchemy import URL, Engine, create_engine, event, make_url, text
@@ -16,6 +17,7 @@ from sqlalchemy.pool import NullPool
 
 from benchmarks import raw
 from benchmarks.jobs import Base
+from benchmarks.raw import Raw
 from future_jobs import create_tables
 
 SERVERS = {
@@ -34,6 +36,7 @@ class Place:
     kind: str
     engine: Engine
     raw: raw.Raw
+    connect: Callable[[], Raw]  # one more way of the second kind, for another thread
 
 
 def answers(kind: str) -> bool:
@@ -50,31 +53,35 @@ def answers(kind: str) -> bool:
 @contextmanager
 def fresh(kind: str, *, pragmas: tuple[str, ...] = WAL) -> Iterator[Place]:
     """Yield a new database with all tables; drop it afterwards."""
-    with _made(kind) as url:
-        engine = create_engine(url)
-        if kind == "sqlite":
-            configure(engine, pragmas)
+    with made(kind) as url:
+        engine = engine_on(url, pragmas)
         create_tables(engine)
         Base.metadata.create_all(engine)
-        driver = raw.connect(kind, url, pragmas)
+        connect = partial(raw.connect, kind, url, pragmas)
+        driver = connect()
         try:
-            yield Place(kind, engine, driver)
+            yield Place(kind, engine, driver, connect)
         finally:
             driver.close()
             engine.dispose()
 
 
-def configure(engine: Engine, pragmas: tuple[str, ...]) -> None:
-    """Set ``pragmas`` on each connection of an engine on SQLite."""
+def engine_on(url: URL, pragmas: tuple[str, ...] = WAL) -> Engine:
+    """Return an engine with its defaults; on SQLite, with these pragmas on each connection."""
+    engine = create_engine(url)
+    if engine.dialect.name == "sqlite":
 
-    @event.listens_for(engine, "connect")
-    def set_them(connection: raw.DBAPI, _record: object) -> None:
-        for pragma in pragmas:
-            connection.execute(f"PRAGMA {pragma}")
+        @event.listens_for(engine, "connect")
+        def configure(connection: raw.DBAPI, _record: object) -> None:
+            for pragma in pragmas:
+                connection.execute(f"PRAGMA {pragma}")
+
+    return engine
 
 
 @contextmanager
-def _made(kind: str) -> Iterator[URL]:
+def made(kind: str) -> Iterator[URL]:
+    """Yield where a new, empty database is; drop it afterwards."""
     name = f"fj_bench_{os.getpid()}_{secrets.token_hex(3)}"
     if kind == "sqlite":
         with tempfile.TemporaryDirectory(prefix="fj_bench_") as folder:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from statistics import median
@@ -71,21 +71,16 @@ def rate(count: int, work: Callable[[], object]) -> float:
     return count / seconds()
 
 
-def interleaved(rounds: int, other: Work, ours: Work) -> tuple[list[float], list[float]]:
-    """Measure the two in turn; the first round of each warms caches and is not counted."""
-    others, own = [], []
-    for turn in range(rounds + 1):
-        a, b = other(), ours()
-        if turn:
-            others.append(a)
-            own.append(b)
-    return others, own
+def interleaved(rounds: int, *works: Work) -> tuple[list[float], ...]:
+    """Measure them in turn; the first round of each warms caches and is not counted."""
+    turns = [[work() for work in works] for _ in range(rounds + 1)]
+    return tuple(list(rates) for rates in zip(*turns[1:], strict=True))
 
 
 def compared(
     name: str,
     database: str,
-    rates: tuple[list[float], list[float]],
+    rates: Sequence[Sequence[float]],
     *,
     what: str = "ours / raw",
     unit: str = "/s",
@@ -93,7 +88,7 @@ def compared(
     ceiling: float | None = None,
     binding: bool = True,
 ) -> Result:
-    """Return the median of the rounds' ratios."""
+    """Return the median of the rounds' ratios, of the second to the first."""
     others, own = rates
     ratios = [b / a for a, b in zip(others, own, strict=True)]
     return Result(

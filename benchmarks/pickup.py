@@ -21,18 +21,15 @@ from queue import SimpleQueue
 from random import uniform
 from statistics import median, quantiles
 from time import perf_counter, process_time, sleep, time
-from typing import TYPE_CHECKING
 
-from sqlalchemy import Engine, create_engine, make_url
+from sqlalchemy import make_url
 from sqlalchemy.orm import Session
 
 from benchmarks import raw
-from benchmarks.databases import WAL, Place, configure, fresh
+from benchmarks.databases import Place, engine_on, fresh
 from benchmarks.measure import Result
+from benchmarks.sizes import Sizes
 from future_jobs import Scheduler, Worker, notify_workers
-
-if TYPE_CHECKING:
-    from benchmarks.cases import Sizes
 
 Tries = Callable[[], list[float]]  # milliseconds, of some tries
 
@@ -159,7 +156,7 @@ def _bare(place: Place, how: str) -> Iterator[Callable[[int], list[float]]]:
     bell, is_ready, over = threading.Semaphore(0), threading.Event(), threading.Event()
 
     def serve() -> None:
-        driver = raw.connect(place.kind, place.engine.url, WAL)
+        driver = place.connect()
         wait = bell.acquire if how == "signal" else _waiting(place.kind, driver)
         is_ready.set()
         while wait() and not over.is_set():
@@ -259,9 +256,7 @@ def _results(
 
 
 def _serve(url: str, notify: str) -> None:
-    engine: Engine = create_engine(make_url(url))
-    if engine.dialect.name == "sqlite":
-        configure(engine, WAL)
+    engine = engine_on(make_url(url))
 
     def answer() -> None:
         for _ in sys.stdin:

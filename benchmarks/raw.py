@@ -78,14 +78,17 @@ class Raw:
         self.cursor.executemany(self.insert, records)
         self.run("COMMIT")
 
-    def drain(self, function: Any) -> int:
-        """Complete the last hundred and claim the next, in one transaction, and call ``function`` for each."""
+    def drain(self, function: Any, *, merged: bool = True) -> int:
+        """Complete the last hundred and claim the next, in one transaction or two, and call ``function`` for each."""
         done: list[int] = []
         count = 0
         while True:
             self.run(self.begin)
             if done:
                 self.complete(done)
+                if not merged:
+                    self.run("COMMIT")
+                    self.run(self.begin)
             rows = self.claim()
             self.run("COMMIT")
             if not rows:
@@ -135,7 +138,19 @@ class Raw:
             (self.time(datetime.now(UTC)), json.dumps(ids)),
         )
 
-    # --- before and after
+    # --- before, meanwhile and after
+
+    def newest(self) -> int:
+        """Return the greatest id there is."""
+        return int(self.run(f"SELECT coalesce(max(id), 0) FROM {TABLE}").fetchone()[0])
+
+    def unfinished(self, after: int) -> int:
+        """Return how many jobs of those added since are not complete; looks at the last of them first."""
+        last = self.run(f"SELECT status FROM {TABLE} WHERE id = (SELECT max(id) FROM {TABLE})").fetchone()[0]
+        if last != "complete":
+            return 1
+        left = self.run(f"SELECT count(*) FROM {TABLE} WHERE id > ? AND status <> 'complete'", (after,))
+        return int(left.fetchone()[0])
 
     def clear(self) -> None:
         """Empty the tables."""
@@ -150,14 +165,19 @@ class Raw:
         """Add jobs of ten priorities, most of them better than 0, that are not due for a year, and finished ones."""
         later, before = datetime.now(UTC) + timedelta(days=365), datetime.now(UTC) - timedelta(days=30)
         for count, status, run_at in ((future, "scheduled", later), (finished, "complete", before)):
-            values = dict(zip(COLUMNS, self.record("nothing", 1, run_at), strict=True)) | {"status": status}
-            del values["priority"]
-            marks = ", ".join("?" for _ in values)
-            self.run(
-                f"INSERT INTO {TABLE} ({', '.join(values)}, priority) SELECT {marks}, {self.priority} "
-                f"FROM {self.numbers(count)}",
-                list(values.values()),
-            )
+            self.generate(count, self.priority, run_at, status=status)
+        self.settle()
+
+    def generate(self, count: int, priority: str, run_at: datetime, *, status: str = "scheduled") -> None:
+        """Add jobs that do nothing, without making them here first; for ``priority`` there is the number ``t.i``."""
+        values = dict(zip(COLUMNS, self.record("nothing", 1, run_at), strict=True)) | {"status": status}
+        del values["priority"]
+        marks = ", ".join("?" for _ in values)
+        source = f"SELECT {marks}, {priority} FROM {self.numbers(count)}"
+        self.run(f"INSERT INTO {TABLE} ({', '.join(values)}, priority) {source}", list(values.values()))
+
+    def settle(self) -> None:
+        """Let the database do now what it would do in the background, and so while something else is measured."""
 
     priority = "t.i % 10"
 
@@ -206,6 +226,9 @@ class PostgreSQL(Raw):
     def clear(self) -> None:
         self.run(f"TRUNCATE {TABLE}, bench_effect CASCADE")
 
+    def settle(self) -> None:
+        self.run(f"VACUUM (ANALYZE) {TABLE}")
+
 
 class MariaDB(Raw):
     priority = "t.seq %% 10"
@@ -244,7 +267,7 @@ class MariaDB(Raw):
 def connect(kind: str, url: URL, pragmas: Sequence[str]) -> Raw:
     """Return a connection of the bare driver, in autocommit: BEGIN and COMMIT are said aloud."""
     if kind == "sqlite":
-        connection = sqlite3.connect(str(url.database), isolation_level=None)
+        connection = sqlite3.connect(str(url.database), isolation_level=None, check_same_thread=False)
         for pragma in pragmas:
             connection.execute(f"PRAGMA {pragma}")
         return SQLite(connection)

@@ -239,12 +239,16 @@ class Call:
     kwargs: dict[str, Any]
     content_object: Any
     is_method: bool
+    _fitting: set[tuple[int, tuple[str, ...]]] = field(default_factory=set, repr=False, compare=False)
 
     def arguments(self, args: Iterable[Any], kwargs: Mapping[str, Any] | None) -> tuple[list[Any], dict[str, Any]]:
         """Return all arguments of one call; raise `InvalidArgument` for those that the callable cannot take."""
         own_args, own_kwargs = plain_arguments(args, kwargs)
         args, kwargs = [*self.args, *own_args], {**self.kwargs, **own_kwargs}
-        _check_arguments(self, args, kwargs)
+        shape = len(args), tuple(kwargs)  # on which it depends whether they fit
+        if shape not in self._fitting:
+            _check_arguments(self, args, kwargs)
+            self._fitting.add(shape)
         return args, kwargs
 
     @property
@@ -272,7 +276,7 @@ def describe(given: Callable[..., Any] | str, *, content_object: Any = None, che
 
 def plain_arguments(args: Iterable[Any], kwargs: Mapping[str, Any] | None) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Return ``args`` and ``kwargs`` as a tuple and a dict; raise `InvalidArgument` for what is neither."""
-    if not isinstance(args, list | tuple):
+    if not isinstance(args, (list, tuple)):
         raise InvalidArgument(f"args is {shown(args)}; pass a list or tuple", argument="args", value=args)
     if kwargs is None:
         return tuple(args), {}

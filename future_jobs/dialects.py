@@ -1,23 +1,41 @@
 """What a database can do. The only module that spells a dialect's name.
 
-SQLite, PostgreSQL and MySQL/MariaDB differ in five things that matter here: how a timestamp keeps its
-microseconds, which indexes may be partial, how rows are claimed without waiting, when a transaction
-really begins, and how an error says that trying again may help. `Backend` answers all five.
+SQLite, PostgreSQL and MySQL/MariaDB differ in six things that matter here: how a timestamp keeps its
+microseconds, which indexes may be partial, how rows are claimed without waiting, how one parameter
+holds many rows, when a transaction really begins, and how an error says that trying again may help.
+`Backend` answers all six.
 """
 
 from __future__ import annotations
 
 import json
 import sqlite3
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
+from hashlib import sha256
 from typing import Any
 
-from sqlalchemy import BigInteger, DateTime, Index, Integer, Text, event, text
+from sqlalchemy import (
+    JSON,
+    BigInteger,
+    ColumnElement,
+    DateTime,
+    Index,
+    Integer,
+    String,
+    Text,
+    cast,
+    event,
+    func,
+    literal_column,
+    select,
+    text,
+)
 from sqlalchemy import insert as plain_insert
-from sqlalchemy.dialects import mysql, postgresql, sqlite
+from sqlalchemy.dialects import mysql, postgresql
+from sqlalchemy.dialects.sqlite import insert as sqlite_insert
 from sqlalchemy.engine import Connection, Dialect, Engine, Transaction
 from sqlalchemy.exc import DBAPIError, OperationalError
 from sqlalchemy.pool import SingletonThreadPool, StaticPool
@@ -41,7 +59,9 @@ __all__ = [
     "claim_indexes",
     "concurrency_index",
     "configure_sqlite",
+    "guide_planner",
     "insert_unless_there",
+    "is_guided",
     "job_transaction",
     "partial_index",
 ]
@@ -237,6 +257,40 @@ def concurrency_index() -> Index:
     return partial_index("ix_future_jobs_concurrency", "concurrency_key", where=where).ddl_if(**_HAVE_PARTIAL)
 
 
+# --- many rows in one parameter -------------------------------------------------------------------------------------
+
+Kinds = Sequence[TypeEngine[Any]]
+Unfolded = tuple[ColumnElement[int], list[ColumnElement[Any]]]
+
+
+def _from_json_each(rows: ColumnElement[str], kinds: Kinds) -> Unfolded:
+    row = func.json_each(rows).table_valued("key", "value", name="item").c
+    return row.key, [func.json_extract(row.value, literal_column(f"'$[{at}]'")) for at in range(len(kinds))]
+
+
+def _from_json_array(rows: ColumnElement[str], kinds: Kinds) -> Unfolded:
+    item = func.json_array_elements(cast(rows, JSON)).table_valued("value", with_ordinality="key", name="item")
+    row = item.render_derived().c
+    texts = [row.value.op("->>", return_type=Text())(literal_column(str(at))) for at in range(len(kinds))]
+    # A text is not cast: VARCHAR(n) would cut what is too long, where the column refuses it.
+    return row.key, [each if _is_text(kind) else cast(each, kind) for each, kind in zip(texts, kinds, strict=True)]
+
+
+def _from_json_table(rows: ColumnElement[str], kinds: Kinds) -> Unfolded:
+    # A number has to be one here, or a comparison with it would use no index. Times are read from text by their column.
+    declared = ", ".join(
+        f"c{at} {'BIGINT' if isinstance(kind, Integer) else 'LONGTEXT CHARACTER SET utf8mb4'} PATH '$[{at}]'"
+        for at, kind in enumerate(kinds)
+    )
+    columns: ColumnElement[str] = literal_column(f"'$[*]' COLUMNS (nth FOR ORDINALITY, {declared})")
+    row = func.json_table(rows, columns).table_valued("nth", *(f"c{at}" for at in range(len(kinds))), name="item").c
+    return row.nth, [row[f"c{at}"] for at in range(len(kinds))]
+
+
+def _is_text(kind: TypeEngine[Any]) -> bool:
+    return isinstance(getattr(kind, "impl", kind), String)
+
+
 @dataclass(frozen=True, slots=True)
 class Backend:
     """What one database can do."""
@@ -245,10 +299,11 @@ class Backend:
     returning: bool  # UPDATE ... RETURNING
     skip_locked: bool  # SELECT ... FOR UPDATE SKIP LOCKED
     recursive_scan: bool  # a recursive CTE may step through an index; MariaDB reads the whole of it instead
-    json_rows: bool  # INSERT ... SELECT ... FROM json_each(:rows) is the fastest bulk insert
+    # A JSON array of arrays, bound as one text, as rows to select from: what orders them, and a column for each kind.
+    unfold: Callable[[ColumnElement[str], Kinds], Unfolded]
     own_clock: bool  # it has a clock of its own, which judges what is due
     notifies: bool  # NOTIFY, which waits for the commit
-    compiles: bool  # a plan that it takes for expensive is compiled first (PostgreSQL's jit)
+    planner: tuple[str, ...]  # what its planner must be kept from, to read no more than a claim needs
     isolation_level: str | None  # for the library's own transactions
     oldest: tuple[int, ...]  # the oldest version that keeps the promises
 
@@ -269,10 +324,10 @@ SQLITE = Backend(
     returning=True,
     skip_locked=False,
     recursive_scan=True,
-    json_rows=True,
+    unfold=_from_json_each,
     own_clock=False,
     notifies=False,
-    compiles=False,
+    planner=(),
     isolation_level=None,
     oldest=(3, 35),
 )
@@ -281,10 +336,12 @@ POSTGRESQL = Backend(
     returning=True,
     skip_locked=True,
     recursive_scan=True,
-    json_rows=False,
+    unfold=_from_json_array,
     own_clock=True,
     notifies=True,
-    compiles=True,
+    # With old statistics it believes in few rows that are due, and reads and sorts all of them for a hundred; and it
+    # compiles the look for levels, which takes ten times as long as the look.
+    planner=("enable_sort", "enable_bitmapscan", "jit"),
     isolation_level="READ COMMITTED",
     oldest=(12,),
 )
@@ -293,12 +350,12 @@ MYSQL = Backend(
     returning=False,
     skip_locked=True,
     recursive_scan=False,
-    json_rows=False,
+    unfold=_from_json_table,
     own_clock=True,
     notifies=False,
-    compiles=False,
+    planner=(),
     isolation_level="READ COMMITTED",
-    oldest=(8, 0, 1),
+    oldest=(8, 0, 4),  # JSON_TABLE
 )
 _BACKENDS = {"sqlite": SQLITE, "postgresql": POSTGRESQL, "mysql": MYSQL, "mariadb": MYSQL}
 
@@ -317,8 +374,31 @@ def insert_unless_there(backend: Backend, table: Table) -> Insert:
     if backend is MYSQL:
         return plain_insert(table).prefix_with("IGNORE")
     if backend is SQLITE:
-        return sqlite.insert(table).on_conflict_do_nothing()
+        return sqlite_insert(table).on_conflict_do_nothing()
     return postgresql.insert(table).on_conflict_do_nothing()
+
+
+_GUIDED = "future_jobs.guided"  # in a connection's info: its planner was told for good
+
+
+def guide_planner(engine: Engine) -> None:
+    """Keep the planner from what `Backend.planner` names, on all connections of ``engine``, which is our own."""
+    settings = backend_of(engine).planner
+
+    def connected(connection: Any, record: Any) -> None:
+        with connection.cursor() as cursor:
+            for name in settings:
+                cursor.execute(f"SET {name} = off")
+        connection.commit()
+        record.info[_GUIDED] = True
+
+    if settings:
+        event.listen(engine, "connect", connected)
+
+
+def is_guided(connection: Connection) -> bool:
+    """Tell whether the planner of ``connection`` needs not be told."""
+    return not backend_of(connection).planner or _GUIDED in connection.info
 
 
 def check_version(connection: Connection) -> None:
@@ -359,15 +439,66 @@ def cannot_roll_back(connection: Connection) -> bool:
     return driver.isolation_level is None and not driver.in_transaction
 
 
+def insert_if_free(backend: Backend, table: Table, column: str) -> Insert:
+    """Return an INSERT of one row that is none if another row has the same ``column``, which is unique where not null.
+
+    It waits for a transaction that has inserted such a row, and makes none unusable. It returns the key of the row, or
+    nothing. InnoDB has no such INSERT but one that hides every error, and what it and one that fails leave behind is a
+    shared lock, which others have as well. There the row that is in the way is written to itself instead, which locks
+    it for this transaction alone, and the last inserted id is the key of that row, plus `IN_USE`.
+    """
+    if backend is MYSQL:
+        key = next(iter(table.primary_key))
+        itself = func.last_insert_id(key + literal_column(str(IN_USE))) - literal_column(str(IN_USE))
+        return mysql.insert(table).on_duplicate_key_update({key.name: itself})
+    make = sqlite_insert if backend is SQLITE else postgresql.insert
+    free = make(table).on_conflict_do_nothing(index_elements=[column], index_where=text(f"{column} IS NOT NULL"))
+    return free.returning(*table.primary_key)
+
+
+IN_USE = 1 << 62  # added to the id of a row that was there already
+QUEUE_SECONDS = 10
+
+
+@contextmanager
+def in_line(connection: Connection, key: str) -> Iterator[None]:
+    """Let others who insert the same ``key`` wait for their turn, where it is no good if they all wait for its index.
+
+    Of those which InnoDB lets wait there for a transaction that is then rolled back, each is given a lock on the gap,
+    and all but one end in a deadlock. This line is not kept for ever, as InnoDB does not look at it for deadlocks.
+    """
+    if backend_of(connection) is not MYSQL:
+        yield
+        return
+    # A lock's name is server-wide, and at most 64 long.
+    name = "future_jobs:" + sha256(f"{connection.engine.url.database}:{key}".encode()).hexdigest()[:48]
+    has_turn = connection.scalar(select(func.get_lock(name, QUEUE_SECONDS))) == 1
+    try:
+        yield
+    finally:
+        if has_turn:
+            with suppress(DBAPIError):  # with the connection, the lock is gone too
+                connection.execute(select(func.release_lock(name)))
+
+
+def is_repeatable(connection: Connection) -> bool:
+    """Tell whether a plain SELECT shows what was there earlier in the transaction, whatever others have committed."""
+    return _isolation(connection) in {"REPEATABLE READ", "SERIALIZABLE"}
+
+
 def keeps_snapshot(connection: Connection) -> bool:
     """Tell whether a transaction here cannot write a row that others have changed since its first statement."""
     name, version = connection.dialect.name, connection.dialect.server_version_info or ()
-    default = getattr(connection.dialect, "_on_connect_isolation_level", None) or connection.default_isolation_level
-    level = connection.get_execution_options().get("isolation_level", default)
+    level = _isolation(connection)
     if name == "postgresql":
         return level in {"REPEATABLE READ", "SERIALIZABLE"}
     # innodb_snapshot_isolation, on by default since then
     return getattr(connection.dialect, "is_mariadb", False) and version >= (11, 6, 2) and level == "REPEATABLE READ"
+
+
+def _isolation(connection: Connection) -> str | None:
+    default = getattr(connection.dialect, "_on_connect_isolation_level", None) or connection.default_isolation_level
+    return connection.get_execution_options().get("isolation_level", default)
 
 
 def change_counter(connection: Connection) -> Callable[[], int] | None:

@@ -13,6 +13,7 @@ The tree (the built-in that each one also is, in brackets)::
     │   ├── UnknownRecurring (LookupError)  no recurring job has that name
     │   ├── InvalidArgument  (TypeError)    the wrong type, or arguments the handler cannot take
     │   └── UnknownOption    (TypeError)    an option that does not exist
+    ├── AlreadyScheduled     (ValueError)   another job has the same ``unique_key``
     ├── PayloadUnreadable    (ValueError)   a stored payload that cannot be decoded
     ├── ObjectMissing        (LookupError)  the object a job is about is gone
     ├── IllegalTransition    (ValueError)   a status change that the table of transitions forbids
@@ -27,7 +28,10 @@ same facts are attributes.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 __all__ = [
+    "AlreadyScheduled",
     "CallableNotFound",
     "CallableRefused",
     "DatabaseBusy",
@@ -109,6 +113,28 @@ class InvalidArgument(UsageError, TypeError):
 
 class UnknownOption(UsageError, TypeError):
     """An option that does not exist; the message names the nearest that does."""
+
+
+class AlreadyScheduled(FutureJobsError, ValueError):
+    """Another job has the same ``unique_key``; nothing was written, and the transaction can go on.
+
+    ``unique_key`` is the key and ``job_id`` the job that has it; None if this transaction cannot see that job, because
+    it sees the database as it was before. ``conflicts`` maps the positions in ``calls`` that `schedule_many` could not
+    schedule to the jobs that have their keys; None where an earlier one of the same calls has it.
+    """
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        unique_key: str,
+        job_id: int | None = None,
+        conflicts: Mapping[int, int | None] | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.unique_key = unique_key
+        self.job_id = job_id
+        self.conflicts = dict(conflicts or {})
 
 
 class PayloadUnreadable(FutureJobsError, ValueError):

@@ -8,10 +8,12 @@ otherwise ignored: it can break nothing.
 event                 data
 ====================  ==============================================================================================
 ``scheduled``         ``job_id, callable_name, queue, run_at``
+``replaced``          ``job_id, callable_name, queue, run_at`` - a waiting job was given another time and arguments
 ``claimed``           ``job_id, attempt, callable_name, queue, worker``
 ``completed``         ``job_id, attempt, callable_name, queue, seconds``
 ``failed``            ``job_id, attempt, callable_name, queue, seconds, error_type, error``
 ``retried``           ``job_id, attempt, callable_name, queue, seconds, error_type, error, run_at``
+``backoff_failed``    ``job_id, attempt, callable_name, queue, reason`` - the default is used instead
 ``snoozed``           ``job_id, attempt, callable_name, queue, run_at``
 ``released``          ``job_id, attempt, callable_name, queue, reason``
 ``expired``           ``job_id, callable_name, queue, run_at, expires_at``
@@ -45,10 +47,12 @@ logger = logging.getLogger("future_jobs")
 
 EVENTS: Final = (
     "scheduled",
+    "replaced",
     "claimed",
     "completed",
     "failed",
     "retried",
+    "backoff_failed",
     "snoozed",
     "released",
     "expired",
@@ -102,10 +106,12 @@ def wanted(event: str) -> bool:
 # --- the log is one listener --------------------------------------------------------------------------------------
 
 _LINES: Final = {
+    "replaced": (logging.INFO, "job {job_id} replaced, due at {run_at}: {callable_name}"),
     "claimed": (logging.DEBUG, "job {job_id} claimed, attempt {attempt}: {callable_name}"),
     "completed": (logging.INFO, "job {job_id} complete in {seconds:.3f} s: {callable_name}"),
     "failed": (logging.ERROR, "job {job_id} failed, attempt {attempt}: {callable_name}: {error_type}: {error}"),
     "retried": (logging.WARNING, "job {job_id} failed, again at {run_at}: {callable_name}: {error_type}: {error}"),
+    "backoff_failed": (logging.WARNING, "job {job_id}: its backoff failed, the default is used: {reason}"),
     "snoozed": (logging.INFO, "job {job_id} snoozed until {run_at}: {callable_name}"),
     "released": (logging.INFO, "job {job_id} handed back: {callable_name}: {reason}"),
     "expired": (logging.WARNING, "job {job_id} expired at {expires_at}: {callable_name}"),

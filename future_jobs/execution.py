@@ -253,14 +253,28 @@ def _again(
     is_asked = isinstance(error, Retry) and row.max_attempts == 1  # no limit was set, but another try is asked for
     if failures >= row.max_attempts and not is_asked:
         return Failed(failure, error)
-    now = context.time()
+    problem = None
     if when is not None:
-        run_at = resolve_when(when, now=now, timezone=context.timezone)
+        run_at = resolve_when(when, now=context.time(), timezone=context.timezone)
     else:
-        run_at = now + retries.delay(options.get("backoff"), failures, f"{row.id}:{row.attempt}")
+        run_at, problem = _after_backoff(row, error, context, options.get("backoff"))
     if isinstance(row.expires_at, datetime) and run_at > row.expires_at:
         return Failed(failure, error)
-    return Retried(failure, run_at)
+    return Retried(failure, run_at, problem)
+
+
+def _after_backoff(row: Claimed, error: BaseException, context: Context, stored: Any) -> tuple[datetime, str | None]:
+    """Return when the next try is, and what is wrong with the job's own backoff if that is after the default one."""
+    now, failures, seed = context.time(), row.failures + 1, f"{row.id}:{row.attempt}"
+    try:
+        path = retries.path_in(stored)
+        wait = retries.delay(stored, failures, seed) if path is None else context.function(path)(failures, error)
+        return now + retries.exact(wait, "backoff"), None
+    except BaseException as problem:
+        if context.is_interrupted and isinstance(problem, KeyboardInterrupt):
+            raise
+        reason = payloads.sanitise(f"{type(problem).__name__}: {_message(problem)}", _MESSAGE_LENGTH)
+        return now + retries.delay(None, failures, seed), reason
 
 
 # --- what went wrong, as text -------------------------------------------------------------------------------------

@@ -152,5 +152,7 @@ class Leases:
         )
         for row, status in rescued:
             tell("rescued", row, attempt=row.attempt, worker=row.leased_by, losses=row.losses + 1)
+            if status is Status.CANCELLED:
+                tell("cancelled", row, attempt=row.attempt, reason="another job has the same unique_key")
             if status is Status.FAILED:
                 tell("failed", row, attempt=row.attempt, seconds=0.0, error_type="WorkerLost", error="worker lost")

@@ -6,15 +6,18 @@ longer holds the job: the caller rolls back what it did and writes nothing. Noth
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Set as AbstractSet
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import Any
 
+from sqlalchemy import ColumnElement
 from sqlalchemy.engine import Connection, Row
+from sqlalchemy.exc import IntegrityError
 
-from . import statements
+from . import bulk, statements, unique_statements
 from .dialects import Encoded
 from .statements import Level, Token
 from .status import Status, check
@@ -37,6 +40,7 @@ __all__ = [
     "rescue",
     "revive",
     "settle",
+    "why_cancelled",
 ]
 
 MAX_LOSSES = 5
@@ -79,6 +83,7 @@ class Retried:
 
     failure: Failure
     run_at: datetime
+    problem: str | None = None  # why its own backoff was of no use
     keeps_writes: bool = False
 
 
@@ -118,7 +123,8 @@ def settle(
 ) -> Status | None:
     """Write how the attempt ended; return the state the job is in now, or None if the attempt no longer held it.
 
-    ``delete`` removes a job that completed instead of keeping it.
+    ``delete`` removes a job that completed instead of keeping it. A job that would wait again is ``cancelled`` instead
+    if it was asked to stop, or if another waits with the key that it gave up when it started.
     """
     target, values, failure = _written(outcome, now)
     if failure is not None:
@@ -126,24 +132,28 @@ def settle(
         values["error"] = failure.traceback
     if target is Status.COMPLETE and delete:
         return target if statements.remove(connection, token) else None
-    if not _move(connection, token, target, values):
-        if target is not Status.SCHEDULED or not deliver_cancel(connection, token, now=now):
-            # An unknown commit outcome is resolved here: only this attempt can have put the job where it is.
-            return target if statements.state(connection, token.id) == (token.attempt, target) else None
-        target = Status.CANCELLED
+    ended = _move(connection, token, target, values, now=now)
+    if ended is None:
+        # An unknown commit outcome is resolved here: only this attempt can have put the job where it is.
+        return target if statements.state(connection, token.id) == (token.attempt, target) else None
+    target = ended
     if failure is not None:
-        statements.add_failure(
-            connection,
-            {
-                "job_id": token.id,
-                "attempt": token.attempt,
-                "failed_at": now,
-                "worker": worker,
-                "error_type": failure.error_type,
-                "traceback": failure.traceback,
-            },
-        )
+        _note(connection, token, failure, now=now, worker=worker)
     return target
+
+
+def _note(connection: Connection, token: Token, failure: Failure, *, now: datetime, worker: str | None) -> None:
+    statements.add_failure(
+        connection,
+        {
+            "job_id": token.id,
+            "attempt": token.attempt,
+            "failed_at": now,
+            "worker": worker,
+            "error_type": failure.error_type,
+            "traceback": failure.traceback,
+        },
+    )
 
 
 def _written(outcome: Outcome, now: datetime) -> tuple[Status, dict[str, Any], Failure | None]:
@@ -166,22 +176,84 @@ def _encoded(text: str | None) -> Encoded | None:
     return None if text is None else Encoded(text)
 
 
-def _move(connection: Connection, token: Token, target: Status, values: Mapping[str, Any]) -> bool:
+def _move(
+    connection: Connection, token: Token, target: Status, values: Mapping[str, Any], *, now: datetime
+) -> Status | None:
     check(Status.RUNNING, target)
-    # A job that was asked to stop does not go back to waiting.
-    conditions = [statements.NOT_ASKED_TO_STOP] if target is Status.SCHEDULED else []
-    return statements.move(connection, token, Status.RUNNING, {"status": target, **_FREE, **values}, *conditions)
+    if target is Status.SCHEDULED:
+        ended = _wait_again(connection, token, values, statements.NOT_ASKED_TO_STOP, finished_at=now)
+        return ended or (Status.CANCELLED if deliver_cancel(connection, token, now=now) else None)
+    held = statements.move(connection, token, Status.RUNNING, {"status": target, **_FREE, **values})
+    return target if held else None
 
 
-def overrule(connection: Connection, token: Token, outcome: Outcome, *, now: datetime) -> Status:
+def _wait_again(
+    connection: Connection,
+    token: Token,
+    values: Mapping[str, Any],
+    *conditions: ColumnElement[bool],
+    finished_at: datetime | ColumnElement[Any],
+) -> Status | None:
+    """Let a running job wait again; return the state it is in now, None if the attempt does not hold it.
+
+    One that gave up its unique key when it started, and finds that another waits with that, ends ``cancelled``: the
+    other was scheduled later, and does the same. The index decides, so that it may be scheduled at this very moment.
+    """
+    check(Status.RUNNING, Status.SCHEDULED)
+    waiting = {"status": Status.SCHEDULED, **_FREE, **values}
+    if statements.move(connection, token, Status.RUNNING, waiting, *conditions, statements.KEEPS_ITS_KEY):
+        return Status.SCHEDULED
+    key = unique_statements.key_given_up(connection, token)
+    if key is None:
+        return None
+    with suppress(IntegrityError), connection.begin_nested():
+        held = statements.move(connection, token, Status.RUNNING, waiting, *conditions)
+        return Status.SCHEDULED if held else None
+    check(Status.RUNNING, Status.CANCELLED)
+    other = unique_statements.holder(connection, key)
+    ended = {
+        **{name: values[name] for name in _CHARGES if name in values},
+        "status": Status.CANCELLED,
+        "finished_at": finished_at,
+        **_FREE,
+        "error": f"job {other.id} has the same unique_key" if other else "another job has the same unique_key",
+    }
+    return Status.CANCELLED if statements.move(connection, token, Status.RUNNING, ended) else None
+
+
+_CHARGES = ("failures", "losses")
+
+
+def why_cancelled(connection: Connection, job_id: int) -> str:
+    """Return why a job was cancelled that would otherwise have waited again."""
+    return statements.error_of(connection, job_id) or "asked to stop"
+
+
+def overrule(connection: Connection, token: Token, outcome: Outcome, *, now: datetime, worker: str) -> Status:
     """Write how an attempt ended although its handler changed or deleted its own row, uncommitted.
 
     The caller has seen, from outside of the handler's transaction, that the attempt still holds the job. A row that the
     handler deleted stays deleted.
     """
-    target, values, _ = _written(outcome, now)
-    statements.force(connection, token.id, {"status": target, "attempt": token.attempt, **_FREE, **values})
+    target, values, failure = _written(outcome, now)
+    values |= {"status": target, "attempt": token.attempt, **_FREE}
+    if failure is not None:
+        values |= {"failures": statements.ONE_MORE_FAILURE, "error": failure.traceback}
+    if not _force(connection, token.id, values):
+        target = Status.CANCELLED
+        values = {"finished_at": now, **values, "status": target, "error": "another job has the same unique_key"}
+        statements.force(connection, token.id, values)
+    if failure is not None and statements.state(connection, token.id) is not None:
+        _note(connection, token, failure, now=now, worker=worker)
     return target
+
+
+def _force(connection: Connection, job_id: int, values: Mapping[str, Any]) -> bool:
+    """Write ``values`` to a job whatever its state; False, and nothing is written, if another has its unique key."""
+    with suppress(IntegrityError), connection.begin_nested():
+        statements.force(connection, job_id, values)
+        return True
+    return False
 
 
 def deliver_cancel(connection: Connection, token: Token, *, now: datetime) -> bool:
@@ -196,38 +268,37 @@ def complete_all(
 ) -> set[Token]:
     """Complete jobs that never touched their Session, in few statements; return the tokens that had lost their job."""
     check(Status.RUNNING, Status.COMPLETE)
-    plain: dict[int, list[int]] = defaultdict(list)
-    kept: dict[Token, str] = {}
-    lost: set[Token] = set()
-    for token, result in done:
-        if result is None or delete:
-            plain[token.attempt].append(token.id)
-        else:
-            kept[token] = result
+    results = dict(done)
+    if delete:
+        return _remove_all(connection, results.keys())
     values = {"status": Status.COMPLETE, "finished_at": now, **_FREE}
-    if kept and statements.complete_each(connection, kept, values) != len(kept):
-        lost.update(each for each in kept if statements.state(connection, each.id) != (each.attempt, Status.COMPLETE))
-    values["return_value"] = None
-    for attempt, ids in plain.items():
-        tokens = [Token(job_id, attempt) for job_id in ids]
-        if delete:
-            held = statements.holds(connection, tokens)
-            statements.remove_all(connection, ids, attempt)
-            lost.update(set(tokens) - held)
-        elif statements.move_all(connection, ids, attempt, Status.RUNNING, values) != len(ids):
-            lost.update(each for each in tokens if statements.state(connection, each.id) != (attempt, Status.COMPLETE))
-    return lost
+    if bulk.complete_all(connection, results, values) == len(results):
+        return set()
+    return {each for each in results if statements.state(connection, each.id) != (each.attempt, Status.COMPLETE)}
 
 
-def release_all(connection: Connection, tokens: Iterable[Token]) -> None:
-    """Hand back claimed jobs that were not started: they wait again as if never taken, and nothing is charged."""
+def _remove_all(connection: Connection, tokens: AbstractSet[Token]) -> set[Token]:
+    held = statements.holds(connection, tokens)
+    for attempt in {token.attempt for token in tokens}:
+        statements.remove_all(connection, [token.id for token in tokens if token.attempt == attempt], attempt)
+    return set(tokens) - held
+
+
+def release_all(connection: Connection, tokens: Iterable[Token]) -> set[Token]:
+    """Hand back claimed jobs that were not started: they wait again as if never taken, and nothing is charged.
+
+    Returns those that were cancelled instead, because another waits with the key that they gave up.
+    """
     check(Status.RUNNING, Status.SCHEDULED)
-    grouped: dict[int, list[int]] = defaultdict(list)
-    for token in tokens:
-        grouped[token.attempt].append(token.id)
-    for attempt, ids in grouped.items():
-        values = {"status": Status.SCHEDULED, "started_at": None, **_FREE}
-        statements.move_all(connection, ids, attempt, Status.RUNNING, values)
+    values = {"status": Status.SCHEDULED, "started_at": None, **_FREE}
+    wanted = [*tokens]
+    if bulk.move_all(connection, wanted, values, statements.KEEPS_ITS_KEY) == len(wanted):
+        return set()
+    return {
+        token
+        for token in sorted(statements.holds(connection, wanted))
+        if _wait_again(connection, token, {"started_at": None}, finished_at=statements.J.started_at) is Status.CANCELLED
+    }
 
 
 # --- jobs that wait -----------------------------------------------------------------------------------------------
@@ -255,7 +326,8 @@ def rescue(
     """Take back jobs whose worker has not renewed its lease for ``grace`` after it ended.
 
     Each has lost one attempt and waits again, from ``delay`` after ``now`` if that is given; after `MAX_LOSSES` it is
-    ``failed``. Only leases in ``watched``, if that is given. Returns the rows as they were and the state they
+    ``failed``, and ``cancelled`` if another waits with the key that it gave up.
+    Only leases in ``watched``, if that is given. Returns the rows as they were and the state they
     are in now.
     """
     taken = []
@@ -270,24 +342,16 @@ def rescue(
         same = (
             statements.J.leased_until == row.leased_until if row.leased_until else statements.J.leased_until.is_(None)
         )
-        values = {"status": target, "losses": statements.J.losses + 1, "error": lost.traceback, **_FREE}
-        if target is Status.FAILED:
-            values["finished_at"] = now
-        elif delay:
-            values["run_at"] = now + delay
-        if statements.move(connection, token, Status.RUNNING, values, same):
-            statements.add_failure(
-                connection,
-                {
-                    "job_id": row.id,
-                    "attempt": row.attempt,
-                    "failed_at": now,
-                    "worker": row.leased_by,
-                    "error_type": lost.error_type,
-                    "traceback": lost.traceback,
-                },
-            )
-            taken.append((row, target))
+        values = {"losses": statements.J.losses + 1, "error": lost.traceback}
+        if target is Status.SCHEDULED:
+            later = {"run_at": now + delay} if delay else {}
+            ended = _wait_again(connection, token, {**values, **later}, same, finished_at=now)
+        else:
+            values |= {"status": target, "finished_at": now, **_FREE}
+            ended = target if statements.move(connection, token, Status.RUNNING, values, same) else None
+        if ended is not None:
+            _note(connection, token, lost, now=now, worker=row.leased_by)
+            taken.append((row, ended))
     return taken
 
 
@@ -318,7 +382,7 @@ def cancel(connection: Connection, job_id: int, *, now: datetime) -> bool:
 def revive(connection: Connection, job_id: int, *, run_at: datetime, expires_at: datetime | None) -> bool:
     """Let a failed, expired or cancelled job wait again, with all its attempts; tell whether this call did.
 
-    So does one whose status is none at all: a row edited by hand.
+    So does one whose status is none at all: a row edited by hand. Not one whose unique key another job has.
     """
     found = statements.state(connection, job_id)
     if found is None or found[1] in {Status.SCHEDULED, Status.RUNNING, Status.COMPLETE}:
@@ -334,7 +398,11 @@ def revive(connection: Connection, job_id: int, *, run_at: datetime, expires_at:
     }
     source = found[1]
     if not isinstance(source, Status):
-        statements.force(connection, job_id, values)
-        return True
+        return _force(connection, job_id, values)
     check(source, Status.SCHEDULED)
-    return statements.move(connection, Token(job_id, found[0]), source, values)
+    token = Token(job_id, found[0])
+    if statements.move(connection, token, source, values, statements.HAS_NO_KEY):
+        return True
+    with suppress(IntegrityError), connection.begin_nested():
+        return statements.move(connection, token, source, values)
+    return False

@@ -12,10 +12,20 @@ from .rates import parse_rate
 from .retries import BackoffOption, dump_backoff, dump_exceptions
 from .times import When
 
-__all__ = ["MAX_PRIORITY", "MAX_QUEUE", "JobOptions", "checked", "checked_word", "limit_columns", "run_options"]
+__all__ = [
+    "MAX_PRIORITY",
+    "MAX_QUEUE",
+    "JobOptions",
+    "checked",
+    "checked_word",
+    "limit_columns",
+    "run_options",
+    "unique_columns",
+]
 
 MAX_PRIORITY = 100
 MAX_QUEUE = 100
+MAX_UNIQUE_KEY = 255
 MAX_ATTEMPTS = 1_000_000
 MAX_TAGS = 50
 MAX_KEY = 255
@@ -40,6 +50,9 @@ class JobOptions(TypedDict, total=False):
     concurrency_key: str | None
     concurrency_limit: int
     rate_limit: str | None
+    unique_key: str | None
+    unique_until: Literal["started", "finished"]
+    on_conflict: Literal["raise", "return_existing", "replace"]
     tags: Iterable[str]
 
 
@@ -91,6 +104,25 @@ def limit_columns(options: Mapping[str, Any], queue: str) -> dict[str, Any]:
     }
 
 
+def unique_columns(options: Mapping[str, Any], *, given: Mapping[str, Any]) -> dict[str, str]:
+    """Return ``unique_key`` and ``unique_until`` for the row, from the checked ``options``; nothing if there is no key.
+
+    Raises `InvalidOption` if those that were ``given`` with the call say what is to be done about a key, and none does
+    which.
+    """
+    key = options.get("unique_key")
+    if key is not None:
+        return {"unique_key": key, "unique_until": options.get("unique_until", "finished")}
+    for name in ("unique_until", "on_conflict"):
+        if name in given and "unique_key" not in given:
+            raise InvalidOption(
+                f"{name} is {shown(given[name])}, but there is no unique_key; pass that too",
+                argument=name,
+                value=given[name],
+            )
+    return {}
+
+
 _RUN = {"backoff": None, "retry_on": None, "discard_on": None, "transaction": "job", "missing": "fail"}
 
 
@@ -113,13 +145,13 @@ def _integer(lowest: int, highest: int) -> Any:
     return check
 
 
-def checked_word(name: str, value: Any, longest: int = MAX_QUEUE) -> str:
-    """Return ``value``, the name of a queue or a tag; raise for what is none."""
+def checked_word(name: str, value: Any, most: int = MAX_QUEUE) -> str:
+    """Return ``value``, the name of a queue or a tag, or a key; raise for what is none."""
     if not isinstance(value, str):
         raise InvalidArgument(f"{name} is {shown(value)}; pass text", argument=name, value=value)
-    if not 1 <= len(value) <= longest or value != value.strip() or any(map(_is_control, value)):
+    if not 1 <= len(value) <= most or value != value.strip() or any(map(_is_control, value)):
         raise InvalidOption(
-            f"{name} is {shown(value)}; use 1 to {longest} printable characters, no space at the ends",
+            f"{name} is {shown(value)}; use 1 to {most} printable characters, no space at the ends",
             argument=name,
             value=value,
         )
@@ -132,7 +164,7 @@ def _is_control(character: str) -> bool:
 
 def _one_of(*choices: str) -> Any:
     def check(name: str, value: Any) -> str:
-        if value not in choices:
+        if not isinstance(value, str) or value not in choices:
             raise InvalidOption(
                 f"{name} is {shown(value)}; use {' or '.join(map(repr, choices))}", argument=name, value=value
             )
@@ -163,6 +195,9 @@ _CHECKS = {
     "discard_on": lambda name, value: dump_exceptions(value, name),
     "transaction": _one_of("job", "own"),
     "missing": _one_of("fail", "discard", "none"),
+    "unique_key": lambda name, value: None if value is None else checked_word(name, value, MAX_UNIQUE_KEY),
+    "unique_until": _one_of("started", "finished"),
+    "on_conflict": _one_of("raise", "return_existing", "replace"),
     "tags": _tags,
     "concurrency_key": _or_none(lambda name, value: checked_word(name, value, MAX_KEY)),
     "concurrency_limit": _integer(1, MAX_CONCURRENCY),

@@ -162,6 +162,8 @@ class Pass:
             rescued = self.units.write(lambda connection: lifecycle.rescue(connection, now=self._time(), grace=LEASE))
             for row, status in rescued:
                 tell("rescued", row, attempt=row.attempt, worker=row.leased_by, losses=row.losses + 1)
+                if status is Status.CANCELLED:
+                    tell("cancelled", row, attempt=row.attempt, reason="another job has the same unique_key")
                 if status is Status.FAILED:
                     tell("failed", row, attempt=row.attempt, seconds=0.0, error_type="WorkerLost", error="worker lost")
             if not rescued:
@@ -339,9 +341,12 @@ class Pass:
 
     def _release(self, rows: Iterable[Claimed], reason: str) -> None:
         tokens = [row.token for row in rows]
-        self.units.write(lambda connection: lifecycle.release_all(connection, tokens))
+        gone = self.units.write(lambda connection: lifecycle.release_all(connection, tokens))
         for row in rows:
-            tell("released", row, attempt=row.attempt, reason=reason)
+            if row.token in gone:
+                tell("cancelled", row, attempt=row.attempt, reason="another job has the same unique_key")
+            else:
+                tell("released", row, attempt=row.attempt, reason=reason)
 
     # --- time
 

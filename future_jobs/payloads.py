@@ -15,7 +15,7 @@ import math
 import re
 import sys
 from base64 import b64decode, b64encode
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from datetime import UTC, date, datetime, time, timedelta, timezone
 from decimal import Context, Decimal
@@ -23,6 +23,7 @@ from enum import Enum, Flag
 from functools import partial
 from importlib import import_module
 from inspect import signature
+from itertools import chain
 from typing import Any, NamedTuple, TypeAlias
 from uuid import UUID
 from zoneinfo import ZoneInfo
@@ -34,7 +35,7 @@ from sqlalchemy.orm import Mapper, Session, scoped_session
 
 from .errors import InvalidArgument, InvalidPayload, PayloadUnreadable, shown
 
-__all__ = ["decode", "encode", "encode_result", "load_reference", "reference_of", "sanitise"]
+__all__ = ["decode", "encode", "encode_many", "encode_result", "load_reference", "reference_of", "sanitise"]
 
 Load: TypeAlias = Callable[[type[Any], tuple[Any, ...]], object]
 Permit: TypeAlias = Callable[[str], None]
@@ -47,8 +48,12 @@ EMPTY: Mapping[type[Any], str] = {list: "[]", dict: "{}"}
 TAG = '"!'  # what a text contains that has a tag
 PAIR = re.compile(r"(?<=[\ud800-\udbff])(?=[\udc00-\udfff])")  # two lone surrogates, which JSON makes one character
 KEY_LENGTH = 255
+AT_ONCE = (
+    200  # values that are written in one step; more would live long enough for the garbage collector to count them
+)
 
 _dump = json.JSONEncoder(separators=(",", ":"), allow_nan=False, check_circular=False).encode
+_dump_lines = json.JSONEncoder(separators=(",\n", ":"), allow_nan=False, check_circular=False).encode
 
 
 def encode(value: Any, *, where: str, limit: int = 256 * 1024, depth: int = 100, session: Session | None = None) -> str:
@@ -77,6 +82,13 @@ def encode(value: Any, *, where: str, limit: int = 256 * 1024, depth: int = 100,
     writer.room = limit
     writer.spend(len(text))
     return text
+
+
+def encode_many(values: Sequence[Any], *, where: str, session: Session | None = None) -> Iterator[str]:
+    """Yield what `encode` returns for each of ``values``; in a tenth of the time where all are flat lists, or dicts."""
+    for start in range(0, len(values), AT_ONCE):
+        some = values[start : start + AT_ONCE]
+        yield from _encode_flat(some) or (encode(value, where=where, session=session) for value in some)
 
 
 def decode(text: str | bytes | None, *, load: Load, permit: Permit | None = None) -> Any:
@@ -242,6 +254,32 @@ class _Writer:
         made = self.write(value)
         self.steps.pop()
         return made
+
+
+def _encode_flat(values: Sequence[Any]) -> list[str] | None:
+    """Return each of ``values`` as JSON, all written in one step; None if any may need more than that.
+
+    No text within JSON has a line break, and nothing within a flat value ends as the value does: so the breaks between
+    values are known from those between their items.
+    """
+    kinds = set(map(type, values))
+    if kinds == {list}:
+        parts = chain.from_iterable(values)
+    elif kinds == {dict} and TEXT.issuperset(map(type, chain.from_iterable(values))):
+        parts = chain.from_iterable(map(dict.values, values))
+    else:
+        return None
+    if not PLAIN.issuperset(map(type, parts)):
+        return None
+    try:
+        text = _dump_lines(values)
+    except ValueError:
+        return None
+    if TAG in text or r"\ud" in text:
+        return None
+    ends = "],\n[" if kinds == {list} else "},\n{"
+    texts = text[1:-1].replace(ends, ends.replace(",", "")).replace(",\n", ",").split("\n")
+    return texts if max(map(len, texts)) <= DIGITS else None
 
 
 def _is_flat(value: Any) -> bool:

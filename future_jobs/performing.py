@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from time import monotonic
 from typing import Any, NamedTuple
 
@@ -80,7 +81,8 @@ class Performer:
             ended = self._attempt(row, began)
         if ended.is_written or isinstance(ended.outcome, Completed):
             return ended
-        return ended._replace(status=self._write(row, ended.outcome), is_written=True)
+        status, outcome = self._write(row, ended.outcome)
+        return ended._replace(status=status, outcome=outcome, is_written=True)
 
     def complete(self, connection: Connection, done: Sequence[Ended]) -> list[Ended]:
         """Write completions together; return them with the states that their jobs are in. Nothing is committed."""
@@ -103,7 +105,8 @@ class Performer:
             if work is None or not (outcome.keeps_writes and work.was_used):
                 return Ended(row, outcome, monotonic() - began, is_written=False)
             try:
-                return Ended(row, outcome, monotonic() - began, self._finish(row, work, outcome))
+                status, outcome = self._finish(row, work, outcome)
+                return Ended(row, outcome, monotonic() - began, status)
             except Exception as error:
                 work.close()
                 if is_disconnect(error) and (status := self._settled(row)):
@@ -114,22 +117,28 @@ class Performer:
             if this.opened is not None:
                 this.opened.close()
 
-    def _finish(self, row: Claimed, work: JobSession, outcome: Outcome) -> Status | None:
+    def _finish(self, row: Claimed, work: JobSession, outcome: Outcome) -> tuple[Status | None, Outcome]:
         """Commit what the handler wrote together with its outcome; None if the job had gone to another meanwhile."""
-        token = row.token
         status: Status | None = None
+        ended = outcome
 
         def settle(connection: Connection) -> bool:
-            nonlocal status
-            now = self.context.time()
-            status = lifecycle.settle(
-                connection, token, outcome, now=now, worker=self.worker, delete=self.delete_completed
-            )
-            if status is None and self._is_still_ours(token):
-                status = lifecycle.overrule(connection, token, outcome, now=now)
+            nonlocal status, ended
+            status, ended = self._settle(connection, row.token, outcome)
+            if status is None and self._is_still_ours(row.token):
+                now = self.context.time()
+                status = lifecycle.overrule(connection, row.token, outcome, now=now, worker=self.worker)
             return status is not None
 
-        return status if work.finish(settle) else None
+        return (status if work.finish(settle) else None), ended
+
+    def _settle(self, connection: Connection, token: Token, outcome: Outcome) -> tuple[Status | None, Outcome]:
+        """Write how an attempt ended; return the state the job is in now, and how it ended then."""
+        now = self.context.time()
+        status = lifecycle.settle(connection, token, outcome, now=now, worker=self.worker, delete=self.delete_completed)
+        if status is Status.CANCELLED and not isinstance(outcome, Cancelled):
+            outcome = Cancelled(lifecycle.why_cancelled(connection, token.id))
+        return status, outcome
 
     def _is_still_ours(self, token: Token) -> bool:
         """Whether the attempt holds the job as others see it, so that it was the handler that changed its row."""
@@ -149,21 +158,16 @@ class Performer:
         token, now = row.token, self.context.time()
         return self.units.write(lambda connection: lifecycle.deliver_cancel(connection, token, now=now))
 
-    def _write(self, row: Claimed, outcome: Outcome) -> Status | None:
+    def _write(self, row: Claimed, outcome: Outcome) -> tuple[Status | None, Outcome]:
         """Write an outcome by itself; with fewer words, if the database refuses those of the failure."""
-        token = row.token
         for words in _fewer_words(outcome):
-
-            def settle(connection: Connection, words: Outcome = words) -> Status | None:
-                return lifecycle.settle(connection, token, words, now=self.context.time(), worker=self.worker)
-
             try:
-                return self.units.write(settle)
+                return self.units.write(partial(self._settle, token=row.token, outcome=words))
             except DBAPIError as error:
                 if is_lock_error(error) or is_disconnect(error):
                     raise
                 events.emit("not_recorded", job_id=row.id, attempt=row.attempt, error=type(error).__name__)
-        return None
+        return None, outcome
 
 
 def _fewer_words(outcome: Outcome) -> Iterator[Outcome]:
@@ -189,13 +193,12 @@ def told(ended: Ended) -> str:
     if isinstance(outcome, Completed) and ended.status and outcome.problem is None and not events.wanted("completed"):
         return "completed"  # nobody asks: what a busy loop says most
     data: dict[str, Any] = {"attempt": row.attempt, "seconds": ended.seconds}
+    problem = outcome.problem if isinstance(outcome, Completed | Retried) else None
     match outcome, ended.status:
         case _, None:
             event = "lost"
         case Completed(), _:
             event = "completed"
-            if outcome.problem is not None:
-                tell("result_not_kept", row, **data, reason=outcome.problem)
         case _, Status.CANCELLED:
             event = "cancelled"
             data["reason"] = outcome.reason if isinstance(outcome, Cancelled) else "asked to stop"
@@ -210,6 +213,9 @@ def told(ended: Ended) -> str:
             data["run_at"] = run_at
         case _:
             raise AssertionError(f"{outcome!r} cannot end as {ended.status}")
+    if problem is not None and ended.status is not None:
+        name = "result_not_kept" if isinstance(outcome, Completed) else "backoff_failed"
+        tell(name, row, attempt=row.attempt, reason=problem)
     if events.wanted(event):
         tell(event, row, **data)
     return event

@@ -3,17 +3,28 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
 from dateutil.relativedelta import relativedelta
 
-from .errors import InvalidArgument, InvalidOption, shown
+from .errors import InvalidArgument, InvalidCallable, InvalidOption, shown
 from .times import When, parse_duration
 
-__all__ = ["Backoff", "Cancel", "Retry", "Snooze", "delay", "dump_backoff", "dump_exceptions", "matches"]
+__all__ = [
+    "Backoff",
+    "Cancel",
+    "Retry",
+    "Snooze",
+    "delay",
+    "dump_backoff",
+    "dump_exceptions",
+    "exact",
+    "matches",
+    "path_in",
+]
 
 
 class Snooze(Exception):
@@ -60,8 +71,8 @@ class Backoff:
     jitter: float = 0.2
 
     def __post_init__(self) -> None:
-        _exact(self.base, "backoff.base")
-        _exact(self.cap, "backoff.cap")
+        exact(self.base, "backoff.base")
+        exact(self.cap, "backoff.cap")
         if not 1 <= self.factor <= 100:  # noqa: PLR2004
             raise InvalidOption(
                 f"backoff.factor is {self.factor!r}; use 1 to 100", argument="backoff", value=self.factor
@@ -71,14 +82,14 @@ class Backoff:
 
     def delay(self, failures: int, seed: str) -> timedelta:
         """Return how long to wait after the ``failures``-th failure (the first is 1)."""
-        cap = _exact(self.cap, "backoff.cap").total_seconds()
+        cap = exact(self.cap, "backoff.cap").total_seconds()
         # 2 ** 1024 overflows a float; long before that every delay is the cap.
-        seconds = min(cap, _exact(self.base, "backoff.base").total_seconds() * self.factor ** min(failures - 1, 64))
+        seconds = min(cap, exact(self.base, "backoff.base").total_seconds() * self.factor ** min(failures - 1, 64))
         spread = random.Random(seed).uniform(-1, 1) * self.jitter * seconds / 2  # noqa: S311 (not a secret)
         return timedelta(seconds=max(0.0, seconds + spread))
 
 
-BackoffOption = str | timedelta | Sequence[str | timedelta] | Backoff
+BackoffOption = str | timedelta | Sequence[str | timedelta] | Backoff | Callable[[int, BaseException], str | timedelta]
 
 
 def dump_backoff(value: BackoffOption | None) -> Any:
@@ -91,11 +102,31 @@ def dump_backoff(value: BackoffOption | None) -> Any:
         return _text(value)
     if isinstance(value, Sequence) and value:
         return [_text(each) for each in value]
+    if callable(value) and not isinstance(value, type) and hasattr(value, "__qualname__"):
+        return {_CALL: _found_again(value)}
     raise InvalidArgument(
-        f"backoff is {shown(value)}; pass a duration such as '30s', a list of them, or Backoff(...)",
+        f"backoff is {shown(value)}; pass a duration such as '30s', a list of them, Backoff(...) or a function",
         argument="backoff",
         value=value,
     )
+
+
+_CALL = "call"
+
+
+def _found_again(function: Any) -> str:
+    if "<" in function.__qualname__ or not isinstance(getattr(function, "__module__", None), str):
+        raise InvalidCallable(
+            f"backoff is {shown(function)}, which cannot be found again; use a module-level function",
+            argument="backoff",
+            value=function,
+        )
+    return f"{function.__module__}.{function.__qualname__}"
+
+
+def path_in(stored: Any) -> str | None:
+    """Return the path of the function that is the backoff, from what `dump_backoff` stored; None if none is."""
+    return stored.get(_CALL) if isinstance(stored, dict) else None
 
 
 def delay(stored: Any, failures: int, seed: str) -> timedelta:
@@ -106,7 +137,7 @@ def delay(stored: Any, failures: int, seed: str) -> timedelta:
         return Backoff(**stored).delay(failures, seed)
     if isinstance(stored, list):
         stored = stored[min(failures, len(stored)) - 1]
-    return _exact(stored, "backoff")
+    return exact(stored, "backoff")
 
 
 def dump_exceptions(value: type[BaseException] | str | Iterable[type[BaseException] | str], argument: str) -> list[str]:
@@ -137,11 +168,12 @@ def _path(cls: type) -> str:
 
 
 def _text(value: str | timedelta) -> str:
-    duration = _exact(value, "backoff")
+    duration = exact(value, "backoff")
     return value if isinstance(value, str) else f"{duration.total_seconds():f}s"
 
 
-def _exact(value: str | timedelta, argument: str) -> timedelta:
+def exact(value: str | timedelta, argument: str) -> timedelta:
+    """Return ``value`` as a timedelta; raise `InvalidOption` for what is no exact duration, or a negative one."""
     duration = parse_duration(value) if isinstance(value, str) else value
     if isinstance(duration, relativedelta) or not isinstance(duration, timedelta) or duration < timedelta(0):
         raise InvalidOption(

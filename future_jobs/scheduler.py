@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from datetime import datetime, tzinfo
 from functools import partial
+from itertools import islice
 from typing import Any, Unpack
 
 from sqlalchemy import Select, select
@@ -13,17 +14,31 @@ from sqlalchemy.engine import Connection, Engine
 from sqlalchemy.exc import InvalidRequestError, UnboundExecutionError
 from sqlalchemy.orm import Session, scoped_session
 
-from . import events, execution, explaining, lifecycle, limit_statements, payloads, statements, wakeups
+from . import (
+    bulk,
+    events,
+    execution,
+    explaining,
+    lifecycle,
+    limit_statements,
+    payloads,
+    statements,
+    unique_statements,
+    wakeups,
+)
 from .callables import Allow, Call, describe, permit, permit_classes, plain_arguments
+from .callables import resolve as resolve_callable
 from .dialects import Encoded, begin_before_savepoint, cannot_roll_back, is_autocommit
-from .errors import InvalidArgument, InvalidOption, UsageError, shown
+from .errors import AlreadyScheduled, InvalidArgument, InvalidOption, UsageError, shown
 from .models import SCHEDULER, RecurringJob, ScheduledJob
-from .options import JobOptions, checked, checked_word, limit_columns, run_options
+from .options import JobOptions, checked, checked_word, limit_columns, run_options, unique_columns
 from .passes import Pass, RunReport
+from .retries import path_in
 from .schedules import Schedules
 from .sessions import AnySession, InRegistry, JobSession, checked_session, session_maker
 from .status import FINISHED, Status
 from .times import Clock, When, as_utc, resolve, resolve_age, resolve_expiry, utc_now, zone
+from .unique_statements import Put
 from .units import Units, schema_errors
 
 __all__ = ["Scheduler"]
@@ -32,7 +47,7 @@ _ARGUMENTS = frozenset({"args", "kwargs"})
 _NO_ARGS, _NO_KWARGS = Encoded("[]"), Encoded("{}")
 _COPIED = (
     *("callable_name", "args", "kwargs", "content_type", "content_key"),
-    *("queue", "priority", "max_attempts", "tags", "options"),
+    *("queue", "priority", "max_attempts", "tags", "options", "unique_key", "unique_until"),
 )
 
 
@@ -91,10 +106,13 @@ class Scheduler(Schedules):
 
         After commit there is one more ``scheduled`` row; after a rollback there never was. The Session is flushed and
         not committed. Raises a `UsageError` before anything is written if any part of it could not work.
+
+        If another job has its ``unique_key`` there is not one more row. ``on_conflict`` says what happens instead:
+        `AlreadyScheduled` is raised, or that job is returned, as it is or with this time and these arguments.
         """
         self._prepare()
-        call, shared = self._draft(when, callable, options, now=self._now())
-        return self._add(self._row(call, shared, args, kwargs))
+        call, shared, on_conflict = self._draft(when, callable, options, now=self._now())
+        return self._add(self._row(call, shared, args, kwargs), on_conflict)
 
     def enqueue(
         self,
@@ -117,37 +135,59 @@ class Scheduler(Schedules):
         """Schedule one job for each of ``calls``, in few round trips; return the ids in the same order.
 
         Each call is a mapping with ``args``, ``kwargs`` and whatever options differ from ``options``. Nothing is
-        written unless all of them can be.
+        written unless all of them can be. Where another job has the ``unique_key`` of a call, and ``on_conflict`` is
+        not ``"raise"``, the id of that job is in its place.
         """
         self._prepare()
-        now, rows, plain = self._now(), [], None
-        for position, each in enumerate(calls):
-            if not isinstance(each, Mapping):
-                raise InvalidArgument(
-                    f"calls[{position}] is {shown(each)}; pass mappings such as {{'args': [1]}}",
-                    argument="calls",
-                    value=each,
-                )
-            try:
-                if each.keys() <= _ARGUMENTS:  # the rest is common to all such calls
-                    plain = draft = plain or self._draft(when, callable, options, now=now)
-                else:
-                    own = {name: value for name, value in each.items() if name not in _ARGUMENTS}
-                    draft = self._draft(when, callable, {**options, **own}, now=now)
-                rows.append(self._row(*draft, each.get("args", ()), each.get("kwargs")))
-            except UsageError as error:
-                error.add_note(f"in calls[{position}]")
-                raise
-        if not rows:
+        now = self._now()
+        drafts: list[dict[str, Any]] = []
+        wishes: dict[int, str] = {}  # of those with a unique key
+        texts: dict[str, list[str]] = {"args": [], "kwargs": []}
+        checked_calls = self._calls(when, callable, calls, options, now=now)
+        while some := list(islice(checked_calls, payloads.AT_ONCE)):
+            rows, on_conflicts, *arguments = zip(*some, strict=True)
+            wishes |= {len(drafts) + at: on_conflicts[at] for at, row in enumerate(rows) if "unique_key" in row}
+            drafts += rows
+            for name, values in zip(texts, arguments, strict=True):
+                try:
+                    texts[name] += payloads.encode_many(values, where=name, session=self._own())
+                except UsageError as error:
+                    error.add_note(f"in calls[{len(texts[name])}]")
+                    raise
+        if not drafts:
             return []
         self.session.flush()
         with self._connection() as connection:
-            ids = statements.add_many(connection, rows)
-            wakeups.announce(self._own(), connection, min(row["run_at"] for row in rows), now=now)
-        if events.wanted("scheduled"):
-            for job_id, row in zip(ids, rows, strict=True):
+            if wishes:
+                whole = [
+                    {**draft, **{name: Encoded(column[at]) for name, column in texts.items()}}
+                    for at, draft in enumerate(drafts)
+                ]
+                ids = self._put_many(connection, whole, wishes)
+            else:
+                ids = bulk.add_many(connection, drafts, texts)
+            wakeups.announce(self._own(), connection, min(row["run_at"] for row in drafts), now=now)
+        if not wishes and events.wanted("scheduled"):
+            for job_id, row in zip(ids, drafts, strict=True):
                 _tell_scheduled(job_id, row)
         return ids
+
+    def _put_many(
+        self, connection: Connection, rows: Sequence[Mapping[str, Any]], wishes: Mapping[int, str]
+    ) -> list[int]:
+        """Insert ``rows``, of which some have a unique key, or nothing; return the ids in order."""
+        with connection.begin_nested():
+            put = unique_statements.put_many(connection, rows, wishes)
+            taken = {at: put[at] for at, wish in wishes.items() if _is_refused(put[at], wish)}
+            if taken:
+                raise _taken(taken, rows, wishes, new={each.job_id for each in put if each.is_new})
+        for each, row in zip(put, rows, strict=True):
+            _tell_put(each, row)
+            if each.is_replaced:
+                self._refresh(each.known_id)
+                if running := execution.running.get():
+                    running.context.requeued.add(each.known_id)
+        return [each.known_id for each in put]
 
     def reschedule(
         self,
@@ -160,12 +200,13 @@ class Scheduler(Schedules):
     ) -> ScheduledJob:
         """Schedule a copy of ``job``, ``when`` counted from the time that ``job`` was scheduled for.
 
-        What is not given is copied; an expiry keeps its distance from the time of the job.
+        What is not given is copied; an expiry keeps its distance from the time of the job. A unique key is copied as
+        well: a job that keeps it until it is finished hands it to the copy that its own handler makes.
         """
         self._prepare()
         if not isinstance(job, ScheduledJob):
             raise InvalidArgument(f"job is {shown(job)}; pass a ScheduledJob", argument="job", value=job)
-        given = checked(options, {})
+        given = self._checked(options, {})
         run_at = resolve(when, now=job.nominal_at, timezone=self.timezone)
         row = {name: getattr(job, name) for name in _COPIED}
         row |= {name: given[name] for name in ("queue", "priority", "max_attempts", "tags") if name in given}
@@ -185,7 +226,19 @@ class Scheduler(Schedules):
         else:
             expires_at = self._same_grace(job, run_at)
         row |= {"run_at": run_at, "nominal_at": run_at, "expires_at": expires_at, "created_at": self._now()}
-        return self._add(row)
+        copied = {name: row[name] for name in ("unique_key", "unique_until") if row[name] is not None}
+        row |= {"unique_key": None, "unique_until": None, **unique_columns({**copied, **given}, given=given)}
+        if row["unique_key"] is not None and row["unique_key"] == job.unique_key:
+            self._hand_over_key(job)
+        return self._add(row, given.get("on_conflict", "raise"))
+
+    def _hand_over_key(self, job: ScheduledJob) -> None:
+        """Let a running job give up its key to the copy that its handler makes, if and when that is committed."""
+        running = execution.running.get()
+        if running is None or running.row.id != job.id or job.session is not self._own():
+            return
+        with self._connection() as connection:
+            statements.move(connection, running.row.token, Status.RUNNING, {"unique_until": "started"})
 
     # --- changing one's mind
 
@@ -210,7 +263,7 @@ class Scheduler(Schedules):
         """Let a failed, expired or cancelled job run again at ``when``, with all its attempts; True if this call did.
 
         Its expiry keeps its distance from the time of the job, unless ``expires`` is given. False if the job is
-        waiting, running, complete, or does not exist.
+        waiting, running, complete, or does not exist, and if another job has its unique key.
         """
         self._prepare()
         job_id = _id_of(job)
@@ -359,16 +412,19 @@ class Scheduler(Schedules):
 
     def _draft(
         self, when: When, given: Callable[..., Any] | str, options: Mapping[str, Any], *, now: datetime
-    ) -> tuple[Call, dict[str, Any]]:
-        """Return what is to be called, and the row to insert without its arguments, everything in it checked."""
+    ) -> tuple[Call, dict[str, Any], str]:
+        """Return what is to be called, the row to insert without its arguments, and what to do if its key is taken.
+
+        Everything in it is checked.
+        """
         run_at = resolve(when, now=now, timezone=self.timezone)
         call = describe(given, content_object=options.get("content_object"), check=self.check)
-        chosen = checked(options, call.spec.options)
+        chosen = self._checked(options, call.spec.options)
         expires_at = resolve_expiry(chosen.get("expires", self.expires), run_at=run_at, timezone=self.timezone)
         content_type = content_key = None
         if call.content_object is not None:
             content_type, content_key = payloads.reference_of(call.content_object, session=self._own())
-        return call, {
+        row = {
             "callable_name": call.name,
             "args": _NO_ARGS,
             "kwargs": _NO_KWARGS,
@@ -384,7 +440,45 @@ class Scheduler(Schedules):
             "nominal_at": run_at,
             "expires_at": expires_at,
             "created_at": now,
+            **unique_columns(chosen, given=options),
         }
+        return call, row, chosen.get("on_conflict", "raise")
+
+    def _checked(self, options: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
+        chosen = checked(options, defaults)
+        if path := path_in(chosen.get("backoff")):
+            resolve_callable(path, self.check)
+        return chosen
+
+    def _calls(
+        self,
+        when: When,
+        given: Callable[..., Any] | str,
+        calls: Iterable[Mapping[str, Any]],
+        options: Mapping[str, Any],
+        *,
+        now: datetime,
+    ) -> Iterator[tuple[dict[str, Any], str, list[Any], dict[str, Any]]]:
+        """Yield the draft and the arguments of each of ``calls``, checked; those without options share one draft."""
+        plain = None
+        for position, each in enumerate(calls):
+            if not isinstance(each, Mapping):
+                raise InvalidArgument(
+                    f"calls[{position}] is {shown(each)}; pass mappings such as {{'args': [1]}}",
+                    argument="calls",
+                    value=each,
+                )
+            try:
+                if each.keys() <= _ARGUMENTS:
+                    call, draft, on_conflict = plain = plain or self._draft(when, given, options, now=now)
+                else:
+                    own = {name: value for name, value in each.items() if name not in _ARGUMENTS}
+                    call, draft, on_conflict = self._draft(when, given, {**options, **own}, now=now)
+                args, kwargs = call.arguments(each.get("args", ()), each.get("kwargs"))
+            except UsageError as error:
+                error.add_note(f"in calls[{position}]")
+                raise
+            yield draft, on_conflict, args, kwargs
 
     def _row(
         self, call: Call, draft: dict[str, Any], args: Sequence[Any], kwargs: Mapping[str, Any] | None
@@ -398,13 +492,31 @@ class Scheduler(Schedules):
             row["kwargs"] = Encoded(payloads.encode(kwargs, where="kwargs", session=self._own()))
         return row
 
-    def _add(self, row: dict[str, Any]) -> ScheduledJob:
+    def _add(self, row: dict[str, Any], on_conflict: str = "raise") -> ScheduledJob:
         self.session.flush()
         with self._connection() as connection:
+            if row.get("unique_key") is not None:
+                return self._put(connection, row, on_conflict)
             job = statements.add(self._own(), connection, row)
             wakeups.announce(self._own(), connection, row["run_at"], now=row["created_at"])
         if events.wanted("scheduled"):
             _tell_scheduled(job.id, row)
+        return job
+
+    def _put(self, connection: Connection, row: dict[str, Any], on_conflict: str) -> ScheduledJob:
+        """Insert the job of ``row``, or do what ``on_conflict`` says if another has its key."""
+        put = unique_statements.put(connection, row, replacing=on_conflict == "replace")
+        if _is_refused(put, on_conflict):
+            raise _taken({0: put}, [row], {0: on_conflict})
+        if put.is_new or put.is_replaced:
+            wakeups.announce(self._own(), connection, row["run_at"], now=row["created_at"])
+        if put.is_new:
+            job = statements.persistent(self._own(), row, put.known_id)
+        else:
+            job = unique_statements.reread(self.session, put.known_id)
+            if put.is_replaced and (running := execution.running.get()):
+                running.context.requeued.add(job.id)
+        _tell_put(put, row)
         return job
 
     def _now(self) -> datetime:
@@ -510,6 +622,44 @@ def _finished(statuses: Iterable[Status | str]) -> list[Status]:
     return wanted
 
 
-def _tell_scheduled(job_id: int, row: Mapping[str, Any]) -> None:
+def _tell_scheduled(job_id: int, row: Mapping[str, Any], event: str = "scheduled") -> None:
     names = ("callable_name", "queue", "run_at")
-    events.emit("scheduled", job_id=job_id, **{name: row[name] for name in names})
+    events.emit(event, job_id=job_id, **{name: row[name] for name in names})
+
+
+def _tell_put(put: Put, row: Mapping[str, Any]) -> None:
+    if put.is_new or put.is_replaced:
+        _tell_scheduled(put.known_id, row, "scheduled" if put.is_new else "replaced")
+
+
+def _is_refused(put: Put, on_conflict: str) -> bool:
+    """Tell whether nothing can be done with what has the key: there is no job to return, or it runs."""
+    return not (put.is_new or put.is_replaced or (on_conflict == "return_existing" and put.job_id is not None))
+
+
+def _taken(
+    taken: Mapping[int, Put],
+    rows: Sequence[Mapping[str, Any]],
+    wishes: Mapping[int, str],
+    new: Collection[int | None] | None = None,
+) -> AlreadyScheduled:
+    """Return what to raise for the rows of ``taken``; ``new`` are the jobs of other rows, if there can be any."""
+    at, put = next(iter(taken.items()))
+    key = rows[at]["unique_key"]
+    known = {each: None if new and found.job_id in new else found.job_id for each, found in taken.items()}
+    if put.job_id is None:
+        problem = "has a job that was scheduled since this transaction began, which it cannot see; end it and try again"
+    elif known[at] is None:
+        problem = "is that of an earlier call as well; pass each key once, or another on_conflict"
+    elif put.status == Status.RUNNING and wishes[at] == "replace":
+        problem = (
+            f"is that of job {put.job_id}, which is running and cannot be replaced; with unique_until='started' it "
+            "would give the key up when it starts"
+        )
+    else:
+        or_replace = " or 'replace'" if put.status == Status.SCHEDULED else ""
+        problem = f"is that of job {put.job_id} ({put.status}); pass on_conflict='return_existing'{or_replace}"
+    message = f"unique_key {shown(key)} {problem}"
+    if new is not None:
+        message = f"calls[{at}]: {message}" + (f" (and {len(taken) - 1} more)" if len(taken) > 1 else "")
+    return AlreadyScheduled(message, unique_key=key, job_id=known[at], conflicts=known if new is not None else None)

@@ -58,7 +58,7 @@ class Schedules:
         def _connection(self) -> AbstractContextManager[Connection]: ...
         def _draft(
             self, when: When, given: Callable[..., Any] | str, options: Mapping[str, Any], *, now: datetime
-        ) -> tuple[Call, dict[str, Any]]: ...
+        ) -> tuple[Call, dict[str, Any], str]: ...
         def _row(
             self, call: Call, draft: dict[str, Any], args: Sequence[Any], kwargs: Mapping[str, Any] | None
         ) -> dict[str, Any]: ...
@@ -137,7 +137,10 @@ class Schedules:
         if isinstance(options.get("expires"), datetime):
             message = f"expires={shown(options['expires'])}: each run has its own time; pass a duration"
             raise InvalidTime(message, argument="expires", value=options["expires"])
-        call, draft = self._draft(now, given, options, now=now)
+        if "on_conflict" in options:
+            message = f"on_conflict={shown(options['on_conflict'])}: a run whose unique_key is taken is always skipped"
+            raise InvalidOption(message, argument="on_conflict", value=options["on_conflict"])
+        call, draft, _ = self._draft(now, given, options, now=now)
         row = self._row(call, draft, args, kwargs)
         expires = {"expires": self.expires, **call.spec.options, **options}["expires"]
         kept = {name: value for name, value in row.items() if name not in _OF_ONE_RUN and value is not None}

@@ -12,7 +12,7 @@ from sqlalchemy.engine import Engine
 from sqlalchemy.orm import Session, scoped_session, sessionmaker
 from sqlalchemy.pool import QueuePool
 
-from .dialects import is_autocommit
+from .dialects import guide_planner, is_autocommit
 from .errors import InvalidArgument, InvalidOption, shown
 from .models import ScheduledJob
 from .times import seconds_of
@@ -68,13 +68,15 @@ def _checked(engine: Engine) -> Engine:
 
 def own_engine(engine: Engine) -> Engine:
     """Return an engine on the same database with a pool of its own, so that jobs cannot use up its connections."""
-    return Engine(
+    own = Engine(
         engine.pool.recreate(),
         engine.dialect,
         engine.url,
         execution_options=engine.get_execution_options(),
         hide_parameters=engine.hide_parameters,
     )
+    guide_planner(own)
+    return own
 
 
 def refuse_small_pool(engine: Engine, slots: int) -> None:

@@ -12,10 +12,10 @@ due and must wait, are a level apart, which only ``limits.py`` claims from.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from datetime import datetime
 from functools import cache, lru_cache
-from operator import attrgetter, itemgetter
+from operator import attrgetter
 from typing import Any, NamedTuple, cast
 
 from sqlalchemy import (
@@ -43,9 +43,9 @@ from sqlalchemy.engine import Connection, Row
 from sqlalchemy.orm import Session
 from sqlalchemy.orm.attributes import instance_dict, instance_state
 from sqlalchemy.schema import Table
-from sqlalchemy.sql.dml import Insert, Update
+from sqlalchemy.sql.dml import Update
 
-from .dialects import Backend, Encoded, UTCDateTime, backend_of
+from .dialects import Backend, Encoded, UTCDateTime, backend_of, is_guided
 from .models import JobFailure, ScheduledJob
 from .status import Status
 
@@ -106,10 +106,11 @@ class Level(NamedTuple):
 
 
 def _is(status: Status) -> ColumnElement[bool]:
-    return J.status == literal_column(f"'{status}'")
+    return J.status == spelled(status)
 
 
-def _to(status: Status) -> ColumnElement[Any]:
+def spelled(status: Status) -> ColumnElement[Any]:
+    """Return a status as part of the text of a statement."""
     return literal_column(f"'{status}'")
 
 
@@ -118,6 +119,8 @@ RUNNING = _is(Status.RUNNING)
 LIMITED, UNLIMITED = J.limited, not_(J.limited)
 ASKED_TO_STOP = J.cancel_requested_at.is_not(None)
 NOT_ASKED_TO_STOP = J.cancel_requested_at.is_(None)
+HAS_NO_KEY = J.unique_key.is_(None)
+KEEPS_ITS_KEY = or_(J.unique_key.is_(None), J.unique_until == literal_column("'finished'"))
 ONE_MORE_FAILURE = J.failures + 1
 # A null expiry is "never". A job whose expiry equals now still runs.
 NOT_EXPIRED = or_(J.expires_at.is_(None), J.expires_at >= bindparam("now", type_=UTCDateTime))
@@ -129,7 +132,9 @@ CLAIMED = tuple(type_coerce(J[name], Text).label(name) if name in AS_TEXT else J
 # --- adding -------------------------------------------------------------------------------------------------------
 
 _INSERT = insert(JOBS)
-_NEW: dict[str, Any] = {"status": Status.SCHEDULED, "attempt": 0, "failures": 0, "losses": 0, "snoozes": 0}
+NEW: dict[str, Any] = {"status": Status.SCHEDULED, "attempt": 0, "failures": 0, "losses": 0, "snoozes": 0}
+
+_NO_KEY: dict[str, Any] = {"unique_key": None, "unique_until": None}
 
 
 def add(session: Session, connection: Connection, row: Mapping[str, Any]) -> ScheduledJob:
@@ -138,12 +143,22 @@ def add(session: Session, connection: Connection, row: Mapping[str, Any]) -> Sch
     An INSERT of its own takes a third of the time of a unit of work over so many columns; what a flush does to its
     objects after the INSERT is then done for this one, so that a rollback treats it like any other.
     """
-    given = {name: value for name, value in row.items() if value is not None}
-    key = connection.execute(_INSERT, {**given, **_NEW}).inserted_primary_key
+    key = connection.execute(_INSERT, inserted(row)).inserted_primary_key
     assert key is not None
+    return persistent(session, row, key[0])
+
+
+def inserted(row: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what is inserted for ``row``: a waiting job."""
+    return {**{name: value for name, value in row.items() if value is not None}, **NEW}
+
+
+def persistent(session: Session, row: Mapping[str, Any], job_id: int) -> ScheduledJob:
+    """Return the job that was inserted for ``row`` as an object of ``session``."""
     job = ScheduledJob()
     held = instance_dict(job)
-    held.update(row, id=key[0], **_NEW)
+    held.update(_NO_KEY)
+    held.update(row, id=job_id, **NEW)
     for name in ("args", "kwargs"):
         if isinstance(held[name], Encoded):
             held[name] = json.loads(held[name])
@@ -152,71 +167,7 @@ def add(session: Session, connection: Connection, row: Mapping[str, Any]) -> Sch
     return job
 
 
-def add_many(connection: Connection, rows: Sequence[Mapping[str, Any]]) -> list[int]:
-    """Insert jobs in few round trips; return their ids in the order of ``rows``, which have the same keys."""
-    if backend_of(connection).json_rows:
-        return _add_from_json(connection, rows)
-    ids: list[int] = []
-    for start in range(0, len(rows), CHUNK):
-        chunk = [{**row, **_NEW} for row in rows[start : start + CHUNK]]
-        statement = insert(JOBS).returning(J.id, sort_by_parameter_order=True)
-        ids += connection.scalars(statement, chunk)
-    return ids
-
-
 CHUNK = 5_000
-
-
-def _add_from_json(connection: Connection, rows: Sequence[Mapping[str, Any]]) -> list[int]:
-    # What all rows share is bound once; what differs travels as one JSON text, which SQLite unfolds by itself.
-    varying = _varying(rows) or ["args"]
-    shared = {name: value for name, value in {**rows[0], **_NEW}.items() if name not in varying}
-    statement = _insert_from_json(tuple(shared), tuple(varying))
-    writers = [_writer(connection, name) for name in varying]
-    ids: list[int] = []
-    for start in range(0, len(rows), CHUNK):
-        chunk = rows[start : start + CHUNK]
-        if len(varying) == 1:
-            data = json.dumps([writers[0](row[varying[0]]) for row in chunk])
-        else:
-            data = json.dumps(
-                [[write(row[name]) for name, write in zip(varying, writers, strict=True)] for row in chunk]
-            )
-        connection.execute(statement, {**{f"shared_{name}": value for name, value in shared.items()}, "data": data})
-        # One INSERT ... SELECT holds the write lock and numbers its rows one after the other.
-        last = connection.scalar(select(func.last_insert_rowid()))
-        assert last is not None
-        ids += range(last - len(chunk) + 1, last + 1)
-    return ids
-
-
-def _varying(rows: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Return the names whose values are not the same in all ``rows``."""
-    same = list(rows[0])
-    while same:
-        values = itemgetter(*same)
-        first = values(rows[0])
-        other = next((row for row in rows if values(row) != first), None)
-        if other is None:
-            break
-        same = [name for name in same if other[name] == rows[0][name]]
-    return [name for name in rows[0] if name not in same]
-
-
-@cache
-def _insert_from_json(shared: tuple[str, ...], varying: tuple[str, ...]) -> Insert:
-    each = func.json_each(bindparam("data", type_=Text)).table_valued("key", "value", name="each")
-    columns: list[ColumnElement[Any]] = [bindparam(f"shared_{name}", type_=J[name].type) for name in shared]
-    if len(varying) == 1:
-        columns.append(each.c.value)
-    else:
-        columns += [func.json_extract(each.c.value, literal_column(f"'$[{at}]'")) for at in range(len(varying))]
-    return insert(JOBS).from_select([*shared, *varying], select(*columns).order_by(each.c.key), include_defaults=False)
-
-
-def _writer(connection: Connection, name: str) -> Callable[[Any], Any]:
-    kind = J[name].type.dialect_impl(connection.dialect)
-    return kind.bind_processor(connection.dialect) or (lambda value: value)
 
 
 def prune(connection: Connection, *, before: datetime, statuses: Sequence[Status], limit: int | None) -> int:
@@ -254,8 +205,7 @@ def levels(connection: Connection) -> list[Level]:
     A loose index scan over (queue, priority): one index look-up a level, however many rows there are.
     """
     backend = backend_of(connection)
-    if backend.compiles:  # it believes in 10,000 levels, and compiling for those takes ten times as long as the look
-        connection.execute(_DO_NOT_COMPILE)
+    _guide(connection)
     if backend.recursive_scan:
         found = [Level(*row) for row in connection.execute(_levels_at_once())]
     else:
@@ -306,7 +256,15 @@ def _scan(limited: bool) -> Select[Any]:
     return select(steps.c.queue, steps.c.priority, first, literal(limited)).where(steps.c.priority.is_not(None))
 
 
-_DO_NOT_COMPILE = text("SET LOCAL jit = off")
+def _guide(connection: Connection) -> None:
+    """Keep the planner, until the transaction ends, from what would read more than is needed."""
+    if not is_guided(connection):
+        connection.execute(_planning(backend_of(connection)))
+
+
+@cache
+def _planning(backend: Backend) -> Select[Any]:
+    return select(*(func.set_config(name, "off", literal_column("true")) for name in backend.planner))
 
 
 def _levels_by_steps(connection: Connection, limited: bool) -> Iterator[Level]:
@@ -397,6 +355,7 @@ def claim(
     times.
     """
     backend = backend_of(connection)
+    _guide(connection)
     found = {
         "in_queue": level.queue,
         "at_priority": level.priority,
@@ -470,7 +429,7 @@ _STILL_WAITING = select(*_AS_CLAIMED).where(J.id.in_(bindparam("ids", expanding=
 
 def _taken() -> dict[str, Any]:
     return {
-        "status": _to(Status.RUNNING),
+        "status": spelled(Status.RUNNING),
         "attempt": J.attempt + 1,
         "started_at": bindparam("started", type_=UTCDateTime),
         "leased_by": bindparam("worker"),
@@ -579,28 +538,6 @@ def move(
     return _changed(connection, statement, {**plain, "_id": token.id, "_attempt": token.attempt}) == 1
 
 
-def complete_each(connection: Connection, results: Mapping[Token, str], values: Mapping[str, Any]) -> int:
-    """Write ``values`` and its own result to the running job of each token; return how many were. Primary key."""
-    if backend_of(connection).json_rows:
-        rows = json.dumps([[*token, result] for token, result in results.items()])
-        return _changed(connection, _complete_from_json(), {**values, "_rows": rows})
-    return _changed(
-        connection,
-        _guarded(Status.RUNNING, (), ()),
-        [
-            {**values, "return_value": Encoded(result), "_id": token.id, "_attempt": token.attempt}
-            for token, result in results.items()
-        ],
-    )
-
-
-@cache
-def _complete_from_json() -> Update:
-    row = func.json_each(bindparam("_rows", type_=Text)).table_valued("value", name="done").c.value
-    job_id, attempt, result = (func.json_extract(row, literal_column(f"'$[{at}]'")) for at in range(3))
-    return update(JOBS).where(J.id == job_id, J.attempt == attempt, RUNNING).values(return_value=result)
-
-
 def _parted(values: Mapping[str, Any]) -> tuple[dict[str, Any], tuple[tuple[str, Any], ...]]:
     """Part what is bound from what is computed in SQL: the former is not in the text of a statement."""
     computed = tuple((name, value) for name, value in values.items() if isinstance(value, ColumnElement))
@@ -616,20 +553,6 @@ def _guarded(
     # What it sets follows from the parameters it is executed with; an expression is known again by its identity.
     held = update(JOBS).where(J.id == bindparam("_id"), J.attempt == bindparam("_attempt"), _is(source), *conditions)
     return held.values(dict(computed)) if computed else held
-
-
-def move_all(
-    connection: Connection, ids: Sequence[int], attempt: int, source: Status, values: Mapping[str, Any]
-) -> int:
-    """Write ``values`` to those of ``ids`` that are in ``source`` at ``attempt``; return how many. Primary key."""
-    return _changed(connection, _guarded_all(source), {**values, "_ids": ids, "_attempt": attempt})
-
-
-@cache
-def _guarded_all(source: Status) -> Update:
-    return update(JOBS).where(
-        J.id.in_(bindparam("_ids", expanding=True)), J.attempt == bindparam("_attempt"), _is(source)
-    )
 
 
 def force(connection: Connection, job_id: int, values: Mapping[str, Any]) -> None:
@@ -679,6 +602,14 @@ def state(connection: Connection, job_id: int) -> tuple[int, str] | None:
     """Return ``(attempt, status)`` of a job; None if it does not exist. Primary key."""
     row = connection.execute(select(J.attempt, J.status).where(J.id == bindparam("_id")), {"_id": job_id}).first()
     return None if row is None else (row.attempt, row.status)
+
+
+def error_of(connection: Connection, job_id: int) -> str | None:
+    """Return the error of a job that was not asked to stop. Primary key."""
+    found: str | None = connection.scalar(
+        select(J.error).where(J.id == bindparam("_id"), NOT_ASKED_TO_STOP), {"_id": job_id}
+    )
+    return found
 
 
 def hold(connection: Connection, token: Token) -> bool:

@@ -13,7 +13,7 @@ from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import Session, scoped_session
 from sqlalchemy.schema import Table
 
-from . import statements
+from . import unique_statements
 from .dialects import UTCDateTime, backend_of
 from .models import RecurringJob
 from .statements import J
@@ -128,6 +128,8 @@ def add_jobs(
 ) -> dict[int, Mapping[str, Any]]:
     """Insert the jobs of those times that have none, which no tick does meanwhile; return them by id.
 
+    Those whose unique key another job has are left out.
+
     The row is locked first. A transaction that sees a snapshot finds out by the unique index what others have added
     since it began, and reads again, locking what it reads: doing so at once would lock what lies between as well.
     """
@@ -137,7 +139,7 @@ def add_jobs(
         new = [row for at, row in rows.items() if at not in held]
         try:
             with connection.begin_nested():
-                return dict(zip(statements.add_many(connection, new) if new else [], new, strict=True))
+                return unique_statements.add_free(connection, new)
         except IntegrityError:
             if locked:
                 raise

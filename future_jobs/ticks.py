@@ -7,7 +7,7 @@ it was seen, inserts the jobs, and moves ``next_run_at``. Whoever comes second f
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
 from functools import partial
 from itertools import islice
@@ -16,7 +16,7 @@ from typing import Any
 
 from sqlalchemy.engine import Connection, Row
 
-from . import events, statements, tick_statements
+from . import events, statements, tick_statements, unique_statements
 from .dialects import Encoded, is_disconnect, is_lock_error
 from .errors import DatabaseBusy, PayloadUnreadable, SchemaError, shown
 from .payloads import sanitise
@@ -64,14 +64,15 @@ def _look(units: Units, recurring_id: int, name: str, now: datetime) -> None:
         if decided is None:
             return
         rows = {at: job_row(seen, at, now=now) for at in decided.fire}
-        added = units.write(partial(_write, seen=seen, decided=decided, rows=rows))
+        written = units.write(partial(_write, seen=seen, decided=decided, rows=rows))
     except Exception as error:
         if isinstance(error, DatabaseBusy | SchemaError) or is_lock_error(error) or is_disconnect(error):
             raise
         _complain(units, recurring_id, name, error)
         return
-    if added is not None:
-        _tell(seen, decided, added)
+    if written is not None:
+        added, refused = written
+        _tell(seen, replace(decided, skipped=decided.skipped + refused), added)
 
 
 def _read(connection: Connection, *, recurring_id: int) -> tuple[Row[Any] | None, list[Span]]:
@@ -83,24 +84,25 @@ def _read(connection: Connection, *, recurring_id: int) -> tuple[Row[Any] | None
 
 def _write(
     connection: Connection, *, seen: Row[Any], decided: Tick, rows: Mapping[datetime, dict[str, Any]]
-) -> dict[int, dict[str, Any]] | None:
-    """Write what was decided; return the jobs by id, or None if somebody else was first."""
+) -> tuple[Mapping[int, Mapping[str, Any]], int] | None:
+    """Write what was decided; return the jobs by id and how many were skipped, or None if somebody else was first."""
     if not tick_statements.hold(connection, seen):
         return None
     taken = tick_statements.taken(connection, seen.id, rows)  # by a backfill
     new = [row for at, row in rows.items() if at not in taken]
-    ids = statements.add_many(connection, new) if new else []
+    added = unique_statements.add_free(connection, new)
+    refused = len(new) - len(added)  # because another job has their unique key
     values = {
         "next_run_at": decided.next_at,
-        "fired": seen.fired + len(decided.fire),
+        "fired": seen.fired + len(decided.fire) - refused,
         "missed": seen.missed + decided.missed,
-        "skipped": seen.skipped + decided.skipped,
+        "skipped": seen.skipped + decided.skipped + refused,
         "error": None,
     }
     if decided.fire:
         values["last_run_at"] = decided.fire[-1]
     tick_statements.change(connection, seen.id, values)
-    return dict(zip(ids, new, strict=True))
+    return added, refused
 
 
 def job_row(recurring: Any, at: datetime, *, now: datetime, expires_from: datetime | None = None) -> dict[str, Any]:

@@ -35,7 +35,7 @@ from .crew import Crew, PatientPerformer, opener
 from .dialects import can_listen, is_single_connection
 from .errors import DatabaseBusy, InvalidOption, NotSupported, shown
 from .leases import Leases
-from .lifecycle import Released, Snoozed
+from .lifecycle import Released, Retried, Snoozed
 from .models import SCHEDULER
 from .passes import worker_name
 from .patience import PatientUnits
@@ -147,8 +147,8 @@ class Worker:
             raise crew.runner.problem
         done = crew.outbox.take()
         try:
-            # A job that wrote something may have scheduled more.
-            is_stale = monotonic() >= min(self._stale_after, crew.tick_at) or any(each.is_written for each in done)
+            waits_again = any(isinstance(each.outcome, Retried | Snoozed) for each in done)
+            is_stale = waits_again or monotonic() >= min(self._stale_after, crew.tick_at)
             put_off = self._rest() if is_stale else 0.0
             if put_off:
                 self._stale_after = 0.0

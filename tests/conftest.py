@@ -10,6 +10,10 @@ from future_jobs import Scheduler, create_tables
 from tests import databases, jobs, shop
 
 
+def pytest_addoption(parser):
+    parser.addoption("--plan-rows", type=int, default=20_000, help="future and finished jobs in tests/test_plans.py")
+
+
 def _kinds(kinds):
     return [pytest.param(kind, id=kind) for kind in kinds]
 

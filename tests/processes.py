@@ -16,7 +16,7 @@ from pathlib import Path
 from sqlalchemy import create_engine
 from sqlalchemy.orm import Session
 
-from future_jobs import Scheduler, current_job, notify_workers
+from future_jobs import AlreadyScheduled, Scheduler, current_job, notify_workers
 
 ROOT = Path(__file__).parent.parent
 LEDGER = "FUTURE_JOBS_TEST_LEDGER"
@@ -90,6 +90,12 @@ def schedule_and_run(session: Session, count: str) -> list[int]:
     return run_until_nothing_is_due(session)
 
 
+def schedule_many(session: Session, name: str, count: str) -> list[int]:
+    ids = Scheduler(session).schedule_many("1d", "tests.jobs.record", [{"args": [name, n]} for n in range(int(count))])
+    session.commit()
+    return ids
+
+
 def enqueue(session: Session, name: str) -> list[int]:
     """Schedule a job for now, of which the workers that listen are notified."""
     notify_workers(session.get_bind())
@@ -118,6 +124,81 @@ def backfill(session: Session, name: str, since: str, now: str) -> list[int]:
     ids = scheduler.backfill(name, datetime.fromisoformat(since), datetime.fromisoformat(now))
     session.commit()
     return ids
+
+
+def put(session: Session, on_conflict: str, *keys: str) -> dict[str, int | None]:
+    """Schedule a job for each key, each in one transaction with a letter; return who has them."""
+    from tests.shop import Letter
+
+    scheduler = Scheduler(session)
+    found: dict[str, int | None] = {}
+    for key in keys:
+        print("asks", file=sys.stderr, flush=True)
+        session.add(Letter(text=f"{key} from {os.getpid()}"))
+        try:
+            job = scheduler.schedule(
+                "1d", "tests.jobs.record", args=[os.getpid()], unique_key=key, on_conflict=on_conflict
+            )
+            found[key] = job.id
+        except AlreadyScheduled as error:
+            found[key] = error.job_id
+        session.add(Letter(text=f"{key} again from {os.getpid()}"))  # the transaction is usable
+        session.commit()
+    return found
+
+
+def put_all(session: Session, on_conflict: str, *keys: str) -> list[int]:
+    calls = [{"args": [os.getpid()], "unique_key": key} for key in keys]
+    ids = Scheduler(session).schedule_many("1d", "tests.jobs.record", calls, on_conflict=on_conflict)
+    session.commit()
+    return ids
+
+
+def replace_until(session: Session, last: str, until: str) -> list[int]:
+    """Replace a job that is due, again and again; return the numbers that some job has now."""
+    scheduler = Scheduler(session)
+    put = []
+    for number in range(int(last)):
+        try:
+            scheduler.enqueue(
+                "tests.processes.note_number",
+                args=[number],
+                unique_key="k",
+                unique_until=until,
+                on_conflict="replace",
+            )
+        except AlreadyScheduled:
+            session.rollback()
+            continue
+        session.commit()
+        put.append(number)
+    return put
+
+
+def run_for_a_while(session: Session, passes: str) -> int:
+    scheduler = Scheduler(session)
+    return sum(scheduler.run_due(ignore_errors=True).complete for _ in range(int(passes)))
+
+
+def fail_for_a_while(session: Session, passes: str) -> dict[str, int]:
+    """Run jobs that fail and want to be tried again at once."""
+    reports = [Scheduler(session).run_due(ignore_errors=True) for _ in range(int(passes))]
+    return {name: sum(getattr(each, name) for each in reports) for name in ("retried", "cancelled", "failed", "lost")}
+
+
+def schedule_for_a_while(session: Session, times: str) -> int:
+    scheduler = Scheduler(session)
+    count = 0
+    for _ in range(int(times)):
+        try:
+            scheduler.enqueue(
+                "tests.jobs.failjob", unique_key="k", unique_until="started", max_attempts=1000, backoff="0s"
+            )
+            count += 1
+        except AlreadyScheduled:
+            pass
+        session.commit()
+    return count
 
 
 # --- handlers -----------------------------------------------------------------------------------------------------
@@ -149,6 +230,12 @@ def enter_and_leave() -> None:
 def note_the_time() -> None:
     with Path(os.environ[LEDGER]).open("a", encoding="ascii") as ledger:
         ledger.write(f"{current_job().started_at.timestamp():.6f}\n")
+
+
+def note_number(number: int, session: Session) -> None:
+    from tests.shop import Letter
+
+    session.add(Letter(text=str(number)))
 
 
 def die() -> None:

@@ -31,6 +31,8 @@ ORDER = (
     "dialects",
     "models",
     "statements",
+    "bulk",
+    "unique_statements",
     "tick_statements",
     "limit_statements",
     "limits",

@@ -10,8 +10,10 @@ from sqlalchemy import select, update
 
 from future_jobs import ScheduledJob, Status, Worker, statements
 from future_jobs.errors import InvalidArgument, InvalidOption
+from future_jobs.limits import Limits
 from future_jobs.models import Limit
 from future_jobs.times import utc_now
+from future_jobs.units import Units
 
 RECORD = "tests.jobs.record"
 
@@ -128,6 +130,30 @@ def test_travelling_back_in_time_is_not_held_up_by_starts_of_the_future(schedule
     session.commit()
     assert scheduler.run_due(now + timedelta(days=1)).complete == 1
     assert scheduler.run_due(now).complete == 1
+
+
+def test_many_jobs_at_once_may_have_limits_of_their_own(scheduler, session, now):
+    calls = [{"concurrency_key": "k"}, {}, {"rate_limit": "5/s"}, {"concurrency_key": "l", "concurrency_limit": 2}]
+    scheduler.schedule_many(now, RECORD, calls)
+    session.commit()
+    jobs = session.scalars(select(ScheduledJob).order_by(ScheduledJob.id)).all()
+    assert [job.limited for job in jobs] == [True, False, True, True]
+    assert [job.concurrency_limit for job in jobs] == [1, None, None, 2]
+    assert scheduler.run_due(now).complete == 4
+
+
+def test_what_waits_for_its_key_costs_the_others_nothing(engine, scheduler, session, now):
+    running = scheduler.schedule(now, RECORD, concurrency_key="k")
+    scheduler.schedule_many(now, RECORD, [{} for _ in range(3000)], concurrency_key="k")
+    plain = scheduler.schedule(now + timedelta(seconds=1), RECORD)
+    session.commit()
+    hold(session, running)
+    limits, read = Limits(), Units(engine).read
+    (ours, theirs) = sorted(read(statements.levels), key=lambda level: level.limited)
+    due = read(lambda connection: limits.look(connection, theirs, now=now + timedelta(minutes=1)))
+    assert due == (None, True)
+    assert len(limits._places[theirs[:2]].seen) <= 100  # it has read one window, and left out the rest
+    assert ours.first_at == plain.run_at
 
 
 def test_a_copy_of_a_job_has_its_limits(scheduler, session, now):

@@ -30,7 +30,17 @@ from future_jobs.errors import (
     PayloadUnreadable,
     UsageError,
 )
-from future_jobs.payloads import decode, encode, encode_result, load_reference, reference_of, sanitise
+from future_jobs.payloads import (
+    AT_ONCE,
+    DIGITS,
+    decode,
+    encode,
+    encode_many,
+    encode_result,
+    load_reference,
+    reference_of,
+    sanitise,
+)
 
 HERE = __name__
 
@@ -263,6 +273,21 @@ values = st.recursive(
     ),
     max_leaves=12,
 )
+
+
+flat = st.none() | st.booleans() | st.integers() | st.floats() | texts
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.lists(st.lists(flat)) | st.lists(st.dictionaries(texts, flat)) | st.lists(values))
+@example([["],\n[", "a\nb"], ["]", "[", ","], []])
+@example([{"},\n{": "},\n{"}, {}, {",\n": 1}])
+@example([[1], {"k": 1}])
+@example([[10**DIGITS], ["x" * DIGITS], [math.nan], ["!"], ["\ud800", "\udc00"]])
+@example([{1: 2}, {None: 3}, {"!": 4}])
+@example([[n] for n in range(2 * AT_ONCE + 1)])
+def test_many_values_become_the_texts_that_each_becomes(some):
+    assert list(encode_many(some, where="args")) == [encode(value, where="args") for value in some]
 
 
 @settings(max_examples=500, deadline=None)

@@ -5,9 +5,22 @@ from datetime import timedelta
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from sqlalchemy import func, select
+from sqlalchemy import func, select, update
 
-from future_jobs import Backoff, Cancel, JobFailure, Retry, Snooze
+from future_jobs import (
+    Backoff,
+    Cancel,
+    JobFailure,
+    Retry,
+    ScheduledJob,
+    Scheduler,
+    Snooze,
+    Worker,
+    current_job,
+    events,
+    job,
+)
+from future_jobs.errors import CallableRefused, InvalidArgument, InvalidCallable
 from future_jobs.retries import delay
 from tests.jobs import CALLS
 
@@ -26,6 +39,40 @@ def asks(what, *args, raises=True):
     if raises:
         raise signal
     return signal
+
+
+def minutes(failures, error):
+    CALLS.append((failures, type(error).__name__, str(error), current_job().id))
+    return f"{failures}m"
+
+
+def exactly(failures, error):
+    return timedelta(hours=failures)
+
+
+def of_no_use(failures, error):
+    """What a function may do instead of returning a duration: the handler's error says what."""
+    answers = {"nothing": None, "negative": timedelta(-1), "a month": "1mo", "endless": timedelta.max, "number": 5}
+    if str(error) == "raises":
+        raise LookupError("no such partner")
+    if str(error) == "exits":
+        raise SystemExit(3)
+    return answers[str(error)]
+
+
+def fails_with(text):
+    raise ValueError(text)
+
+
+@job(max_attempts=5, backoff=exactly)
+def fails_by_default():
+    raise ValueError("fail")
+
+
+def edits_its_own_row_and_asks():
+    this = current_job()
+    this.session.execute(update(ScheduledJob).where(ScheduledJob.id == this.id).values(status="failed"))
+    return Retry("5m")
 
 
 FAILS = "tests.test_retries.fails"
@@ -82,6 +129,135 @@ def test_retry_on_and_discard_on_choose_by_class(scheduler, now, calls):
     assert (report.failed, report.retried, report.cancelled) == (1, 1, 1)
     assert (other.status, same.status, dropped.status) == ("failed", "scheduled", "cancelled")
     assert "KeyError" in dropped.error
+
+
+# --- a function as backoff ----------------------------------------------------------------------------------------
+
+
+def test_a_function_decides_by_the_failures_and_the_exception(scheduler, session, now, calls):
+    job = scheduler.schedule(now, FAILS, kwargs={"error": "OSError"}, max_attempts=3, backoff=minutes)
+    assert job.options == {"backoff": {"call": "tests.test_retries.minutes"}}
+    scheduler.run_due(now)
+    assert job.run_at == now + timedelta(minutes=1)
+    scheduler.run_due(job.run_at)
+    assert job.run_at == now + timedelta(minutes=3)
+    assert calls == ["run", (1, "OSError", "fail", job.id), "run", (2, "OSError", "fail", job.id)]
+
+
+def test_a_function_is_a_default_of_a_callable_as_well(scheduler, now, calls):
+    job = scheduler.schedule(now, fails_by_default)
+    scheduler.run_due(now)
+    assert job.run_at == now + timedelta(hours=1)
+
+
+def test_a_retry_that_a_function_puts_behind_the_expiry_fails_at_once(scheduler, now, calls):
+    job = scheduler.schedule(now, fails_by_default, expires="59m")
+    assert scheduler.run_due(now, ignore_errors=True).failed == 1
+    assert job.status == "failed"
+
+
+@pytest.fixture
+def problems():
+    """What was said to be wrong with backoffs."""
+    told = []
+    listener = events.listen("backoff_failed", lambda **data: told.append(data))
+    yield told
+    events.unlisten("backoff_failed", listener)
+
+
+@pytest.mark.parametrize(
+    ("answer", "reason"),
+    [
+        ("raises", "LookupError: no such partner"),
+        ("exits", "SystemExit: 3"),
+        ("nothing", "InvalidOption: backoff is None"),
+        ("negative", "InvalidOption: backoff is datetime.timedelta(days=-1)"),
+        ("a month", "InvalidOption: backoff is '1mo'"),
+        ("endless", "OverflowError: "),
+        ("number", "InvalidOption: backoff is 5"),
+    ],
+)
+def test_a_function_of_no_use_gives_way_to_the_default_and_it_is_said(scheduler, now, problems, answer, reason):
+    job = scheduler.schedule(now, fails_with, args=[answer], max_attempts=3, backoff=of_no_use)
+    assert scheduler.run_due(now).retried == 1
+    assert job.run_at == now + Backoff().delay(1, f"{job.id}:1")
+    [told] = problems
+    assert told["reason"].startswith(reason)
+    assert {name: told[name] for name in ("job_id", "attempt", "callable_name", "queue")} == {
+        "job_id": job.id,
+        "attempt": 1,
+        "callable_name": "tests.test_retries.fails_with",
+        "queue": "default",
+    }
+
+
+@pytest.mark.parametrize(
+    "stored",
+    [{"call": "tests.test_retries.gone"}, {"call": 5}, {"call": []}, {"factor": "x"}, {"what": 1}, 5, ["soon"], "soon"],
+)
+def test_a_backoff_that_was_damaged_gives_way_too(scheduler, session, now, problems, stored):
+    job = scheduler.schedule(now, FAILS, max_attempts=3)
+    session.execute(update(ScheduledJob).values(options={"backoff": stored}))
+    assert scheduler.run_due(now).retried == 1
+    assert job.run_at == now + Backoff().delay(1, f"{job.id}:1")
+    assert len(problems) == 1
+
+
+def test_a_function_is_allowed_or_not_as_any_other(session, now, problems, calls):
+    strict = Scheduler(session, allow=["tests.test_retries.fails"])
+    with pytest.raises(CallableRefused, match=r"tests\.test_retries\.minutes"):
+        strict.schedule(now, FAILS, max_attempts=3, backoff=minutes)
+    with pytest.raises(CallableRefused, match=r"tests\.test_retries\.minutes"):
+        strict.schedule(now, FAILS, max_attempts=3).reschedule("1h", backoff=minutes)
+    session.rollback()
+    Scheduler(session).schedule(now, FAILS, max_attempts=3, backoff=minutes)
+    assert strict.run_due(now).retried == 1
+    assert calls == ["run"]
+    assert "CallableRefused" in problems[0]["reason"]
+
+
+@pytest.mark.parametrize(
+    ("function", "error"), [(lambda *_: "1m", InvalidCallable), (timedelta, InvalidArgument), (5, InvalidArgument)]
+)
+def test_a_function_that_cannot_be_found_again_is_refused(scheduler, now, function, error):
+    with pytest.raises(error, match="backoff is"):
+        scheduler.schedule(now, FAILS, backoff=function)
+
+
+# --- what handlers ask for ----------------------------------------------------------------------------------------
+
+
+def test_a_worker_does_what_handlers_ask_for(engine, scheduler, session, calls):
+    asked = [[], ["snooze", "1d"], ["retry", "1d"], ["cancel", "not needed"]]
+    jobs = [
+        scheduler.enqueue(ASKS, args=args, kwargs={"raises": raises}, max_attempts=2) if args
+        else scheduler.enqueue(FAILS, max_attempts=2, backoff=exactly)
+        for args in asked
+        for raises in (True, False)
+    ]  # fmt: skip
+    session.commit()
+    Worker(engine, max_jobs=len(jobs)).run()
+    session.expire_all()
+    assert [str(job.status) for job in jobs] == ["scheduled"] * 6 + ["cancelled"] * 2
+    assert [(job.failures, job.snoozes) for job in jobs] == [(1, 0)] * 2 + [(0, 1)] * 2 + [(1, 0)] * 2 + [(0, 0)] * 2
+    hours = [round((job.run_at - job.started_at) / timedelta(hours=1)) for job in jobs[:6]]
+    assert hours == [1, 1, 24, 24, 24, 24]
+    assert jobs[6].error == jobs[7].error == "not needed"
+
+
+def test_every_failed_attempt_is_kept_whatever_becomes_of_it(scheduler, session, now, calls):
+    retried = scheduler.schedule(now, FAILS, max_attempts=2, backoff="1m")
+    failed = scheduler.schedule(now, FAILS)
+    discarded = scheduler.schedule(now, FAILS, discard_on=ValueError)
+    asked = scheduler.schedule(now, ASKS, args=["retry", "1h"], kwargs={"raises": False})
+    edited = scheduler.schedule(now, edits_its_own_row_and_asks)
+    scheduler.run_due(now, ignore_errors=True)
+    scheduler.run_due(now + timedelta(minutes=1), ignore_errors=True)
+    found = session.execute(select(JobFailure.job_id, JobFailure.attempt).order_by(JobFailure.id)).all()
+    others = [(each.id, 1) for each in (failed, discarded, asked, edited)]
+    assert sorted(found) == sorted([(retried.id, 1), (retried.id, 2), *others])
+    assert [each.failures for each in (retried, failed, discarded, asked, edited)] == [2, 1, 1, 1, 1]
+    assert edited.status == "scheduled"
 
 
 @pytest.mark.parametrize("raises", [True, False])

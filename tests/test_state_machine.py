@@ -12,12 +12,12 @@ import pytest
 from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, invariant, multiple, rule, run_state_machine_as_test
-from sqlalchemy import create_engine, delete, select, update
+from sqlalchemy import bindparam, create_engine, delete, select, update
 from sqlalchemy.orm import Session
 from sqlalchemy.pool import StaticPool
 
-from future_jobs import ScheduledJob, Scheduler, create_tables, lifecycle, statements
-from future_jobs.errors import IllegalTransition
+from future_jobs import ScheduledJob, Scheduler, bulk, create_tables, lifecycle, statements, unique_statements
+from future_jobs.errors import AlreadyScheduled, IllegalTransition
 from future_jobs.lifecycle import Completed, Failed, Failure, Retried, Snoozed
 from future_jobs.statements import J, Token
 from future_jobs.status import ALLOWED, Status, check
@@ -39,6 +39,12 @@ class Model:
     leased_until: datetime | None = None
     asked: bool = False
     effects: int = 0
+    key: str | None = None
+    until: str | None = None
+
+    @property
+    def has_key(self):
+        return self.status == "scheduled" or (self.status == "running" and self.until == "finished")
 
 
 class Lives(RuleBasedStateMachine):
@@ -59,14 +65,50 @@ class Lives(RuleBasedStateMachine):
         self.session.close()
         self.engine.dispose()
 
-    @rule(target=ids, minutes=st.integers(-5, 10), grace=st.sampled_from([None, None, 0, 20]))
-    def schedule(self, minutes, grace):
+    def other_with(self, key):
+        """The id of the job that has the key, if there is one."""
+        return next((job_id for job_id, model in self.jobs.items() if key and model.key == key and model.has_key), None)
+
+    def wait_again(self, model, run_at=None):
+        """A job that gave up its key waits again only if no other has that now."""
+        if model.until == "started" and self.other_with(model.key):
+            model.status = "cancelled"
+        else:
+            model.status, model.run_at = "scheduled", run_at or model.run_at
+        return model.status
+
+    @rule(
+        target=ids,
+        minutes=st.integers(-5, 10),
+        grace=st.sampled_from([None, None, 0, 20]),
+        key=st.sampled_from([None, "k"]),
+        until=st.sampled_from(["started", "finished"]),
+        on_conflict=st.sampled_from(["raise", "return_existing", "replace"]),
+    )
+    def schedule(self, minutes, grace, key, until, on_conflict):
         run_at = self.now + minutes * MINUTE
-        expires = None if grace is None else grace * MINUTE
-        job = self.scheduler.schedule(run_at, "tests.jobs.record", expires=expires)
-        self.jobs[job.id] = Model("scheduled", run_at, None if grace is None else run_at + grace * MINUTE)
+        options = {"expires": None if grace is None else grace * MINUTE}
+        options |= {"unique_key": key, "unique_until": until, "on_conflict": on_conflict}
+        other = self.other_with(key)
+        new = Model(
+            "scheduled", run_at, None if grace is None else run_at + grace * MINUTE, key=key, until=key and until
+        )
+        is_waiting = other is not None and self.jobs[other].status == "scheduled"
+        if other is not None and (on_conflict == "raise" or (on_conflict == "replace" and not is_waiting)):
+            with pytest.raises(AlreadyScheduled) as caught:
+                self.scheduler.schedule(run_at, "tests.jobs.record", **options)
+            assert caught.value.job_id == other
+            return multiple()
+        job = self.scheduler.schedule(run_at, "tests.jobs.record", **options)
         self.session.commit()
-        return job.id
+        if other is None:
+            self.jobs[job.id] = new
+            return job.id
+        assert job.id == other, "a second job with the same key"
+        if on_conflict == "replace":
+            new.attempt = self.jobs[other].attempt
+            self.jobs[other] = new
+        return multiple()
 
     @rule(minutes=st.integers(1, 25))
     def time_passes(self, minutes):
@@ -156,14 +198,14 @@ class Lives(RuleBasedStateMachine):
         elif model.asked:
             model.status = "cancelled"
         else:
-            model.status, model.run_at = "scheduled", run_at
+            self.wait_again(model, run_at)
 
     @rule(token=tokens)
     def release(self, token):
         model = self.jobs[token.id]
         self.units.write(lambda c: lifecycle.release_all(c, [token]))
         if (model.status, model.attempt) == ("running", token.attempt):
-            model.status = "scheduled"
+            self.wait_again(model)
 
     @rule(target=tokens, token=tokens)
     def is_given_to_another(self, token):
@@ -176,11 +218,21 @@ class Lives(RuleBasedStateMachine):
 
     @rule()
     def rescue(self):
-        self.units.write(lambda c: lifecycle.rescue(c, now=self.now, grace=LEASE))
-        for model in self.jobs.values():
-            if model.status == "running" and model.leased_until + LEASE < self.now:
-                model.losses += 1
-                model.status = "failed" if model.losses >= lifecycle.MAX_LOSSES else "scheduled"
+        rescued = self.units.write(lambda c: lifecycle.rescue(c, now=self.now, grace=LEASE))
+        lost = {
+            job_id
+            for job_id, model in self.jobs.items()
+            if model.status == "running" and model.leased_until + LEASE < self.now
+        }
+        assert {row.id for row, _ in rescued} == lost
+        for row, status in rescued:
+            model = self.jobs[row.id]
+            model.losses += 1
+            if model.losses >= lifecycle.MAX_LOSSES:
+                model.status = "failed"
+            else:
+                self.wait_again(model)
+            assert status == model.status
 
     @rule()
     def expire(self):
@@ -213,7 +265,8 @@ class Lives(RuleBasedStateMachine):
         grace = None if model.expires_at is None else job.expires_at - job.nominal_at
         won = self.scheduler.retry(job)
         self.session.commit()
-        assert won == (model.status in {"failed", "expired", "cancelled"})
+        is_over = model.status in {"failed", "expired", "cancelled"}
+        assert won == (is_over and self.other_with(model.key) is None)
         if won:
             model.status, model.run_at, model.losses, model.asked = "scheduled", self.now, 0, False
             model.expires_at = None if grace is None else self.now + grace
@@ -263,11 +316,11 @@ def finish_by_status_only(monkeypatch):
 
 
 def finish_batches_by_status_only(monkeypatch):
-    def move_all(connection, ids, attempt, source, values):
-        guard = (J.id.in_(ids), J.status == source)
+    def complete_all(connection, results, values):
+        guard = (J.id.in_([token.id for token in results]), J.status == "running")
         return connection.execute(update(statements.JOBS).where(*guard).values(**values)).rowcount
 
-    monkeypatch.setattr(statements, "move_all", move_all)
+    monkeypatch.setattr(bulk, "complete_all", complete_all)
 
 
 def no_expiry_check(monkeypatch):
@@ -291,6 +344,17 @@ def cancel_in_any_state(monkeypatch):
     monkeypatch.setattr(lifecycle, "cancel", cancel)
 
 
+def wait_again_whoever_has_the_key(monkeypatch):
+    monkeypatch.setattr(unique_statements, "key_given_up", lambda *_: None)
+
+
+def replace_whatever_it_does(monkeypatch):
+    statement = update(statements.JOBS).where(J.id == bindparam("_id"), J.unique_key == bindparam("_key"))
+    monkeypatch.setattr(unique_statements, "_REPLACE", statement)
+    found = unique_statements.Holder
+    monkeypatch.setattr(unique_statements, "Holder", lambda job_id, _status: found(job_id, "scheduled"))
+
+
 def rescue_whatever_the_lease(monkeypatch):
     real = lifecycle.rescue
     monkeypatch.setattr(
@@ -304,6 +368,8 @@ MUTANTS = [
     finish_batches_by_status_only,
     no_expiry_check,
     cancel_in_any_state,
+    wait_again_whoever_has_the_key,
+    replace_whatever_it_does,
     rescue_whatever_the_lease,
 ]
 
@@ -325,7 +391,7 @@ def fresh_statements():
 
 @pytest.mark.parametrize("mutant", MUTANTS, ids=lambda mutant: mutant.__name__)
 def test_a_mutant_dies(mutant, monkeypatch):
-    with fresh_statements(), monkeypatch.context() as patch, pytest.raises(AssertionError):
+    with fresh_statements(), monkeypatch.context() as patch, pytest.raises((AssertionError, pytest.fail.Exception)):
         mutant(patch)
         run_state_machine_as_test(Lives, settings=KILL)
 

@@ -1,0 +1,1 @@
+"""One module for each system: how it enqueues and drains, in its own words."""
