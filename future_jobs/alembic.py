@@ -7,7 +7,7 @@ One line in its ``env.py`` does it::
 From then on ``alembic revision --autogenerate`` writes, when the database it looks at lacks the tables or a revision
 of them, ::
 
-    op.future_jobs("0001", since=None)
+    op.future_jobs("0002", since=None)
 
 into the migration, and the way back into its ``downgrade()``; it never proposes to create, alter or drop a table of
 this library by itself; and ``alembic check`` finds nothing once the migration has run. The operation runs this

@@ -11,6 +11,7 @@ from typing import NamedTuple
 from sqlalchemy.engine import Connection
 
 from . import lifecycle, statements
+from .limits import Limits
 from .slots import Lane
 from .statements import Claimed, Level, Token
 
@@ -56,6 +57,7 @@ class Claims:
         self._time = time
         self._lease_end = lease_end
         self._fragile: set[Token] = set()
+        self._limits = Limits()
 
     def lane_of(self, queue: str) -> Lane | None:
         """Return the lane that serves ``queue``; None if none does."""
@@ -64,6 +66,10 @@ class Claims:
     def levels(self, connection: Connection) -> list[Level]:
         """Return the levels with jobs waiting that any lane serves, best priority first."""
         return [level for level in statements.levels(connection) if self.lane_of(level.queue)]
+
+    def startable(self, connection: Connection, levels: list[Level]) -> list[Level]:
+        """Return ``levels`` without those of paused queues, and with the limited ones as due when a job may start."""
+        return self._limits.startable(connection, levels, now=self._time())
 
     def wishes(self, most: float) -> list[Wish]:
         """Return what the lanes can use of what is due, ``most`` jobs in all."""
@@ -94,11 +100,13 @@ class Claims:
         """Take note of what was committed."""
         self.view = taken.view
         for _, rows in taken.rows:
+            self._limits.took(rows)
             self._fragile.update(row.token for row in rows if row.losses >= FRAGILE)
 
-    def ended(self, token: Token) -> None:
-        """Take note that an attempt is over."""
+    def ended(self, token: Token) -> bool:
+        """Take note that an attempt is over; tell whether another job may have waited for that."""
         self._fragile.discard(token)
+        return self._limits.freed([token.id])
 
     def next_at(self) -> datetime | None:
         """Return when there will next be something that a lane with room can use; None if nothing is known."""
@@ -114,6 +122,8 @@ class Claims:
         now = self._time()
         rows: list[Claimed] = []
         due = [level for level in view if level.first_at <= now and self.lane_of(level.queue) is lane]
+        if not most_losses:  # ahead of a free slot: a limited job counts as started when it is claimed
+            due = [level for level in due if not level.limited]
         for _, group in groupby(due, key=lambda level: level.priority):
             levels = list(group)
             while levels and len(rows) < wanted:
@@ -135,6 +145,16 @@ class Claims:
     def _claim(
         self, connection: Connection, level: Level, limit: int, now: datetime, most_losses: int
     ) -> list[Claimed]:
+        if level.limited:
+            return self._limits.claim(
+                connection,
+                level,
+                limit=limit,
+                now=now,
+                worker=self.worker,
+                leased_until=self._lease_end(),
+                most_losses=most_losses,
+            )
         return statements.claim(
             connection,
             level,

@@ -33,6 +33,7 @@ from sqlalchemy import (
     select,
     text,
 )
+from sqlalchemy import insert as plain_insert
 from sqlalchemy.dialects import mysql, postgresql
 from sqlalchemy.dialects.sqlite import insert as sqlite_insert
 from sqlalchemy.engine import Connection, Dialect, Engine, Transaction
@@ -56,8 +57,10 @@ __all__ = [
     "backend_of",
     "begin_before_savepoint",
     "claim_indexes",
+    "concurrency_index",
     "configure_sqlite",
     "guide_planner",
+    "insert_unless_there",
     "is_guided",
     "job_transaction",
     "partial_index",
@@ -226,21 +229,32 @@ def partial_index(name: str, *columns: str | Column[Any], where: str, unique: bo
     return Index(name, *columns, unique=unique, postgresql_where=text(where), sqlite_where=text(where))
 
 
+_HAVE_PARTIAL: dict[str, Any] = {"dialect": ("postgresql", "sqlite")}
+_HAVE_NONE: dict[str, Any] = {"dialect": ("mysql", "mariadb")}
+
+
 def claim_indexes() -> tuple[Index, ...]:
     """Return the index that claims use, and the one that finds running jobs.
 
-    Without partial indexes, one index led by ``status`` serves both.
+    Without partial indexes, one index led by ``status`` serves both. Limited jobs are apart: however many of them must
+    wait, a claim of others does not step over one.
     """
-    partial: dict[str, Any] = {"dialect": ("postgresql", "sqlite")}
+    due = ("limited", "queue", "priority", "run_at", "id", "limited_by")
     return (
-        partial_index("ix_future_jobs_due", "queue", "priority", "run_at", "id", where="status = 'scheduled'").ddl_if(
-            **partial
-        ),
-        partial_index("ix_future_jobs_running", "leased_by", where="status = 'running'").ddl_if(**partial),
-        Index("ix_future_jobs_status", "status", "queue", "priority", "run_at", "id").ddl_if(
-            dialect=("mysql", "mariadb")  # type: ignore[arg-type]
-        ),
+        partial_index("ix_future_jobs_due", *due, where="status = 'scheduled'").ddl_if(**_HAVE_PARTIAL),
+        partial_index("ix_future_jobs_running", "leased_by", where="status = 'running'").ddl_if(**_HAVE_PARTIAL),
+        Index("ix_future_jobs_status", "status", *due).ddl_if(**_HAVE_NONE),
     )
+
+
+def concurrency_index() -> Index:
+    """Return the index that counts the running jobs of a key; what has no key is not in it.
+
+    Without partial indexes there is none, since every status change of every job would pay for it: of the index led by
+    ``status``, what runs and is limited is a small part.
+    """
+    where = "status = 'running' AND concurrency_key IS NOT NULL"
+    return partial_index("ix_future_jobs_concurrency", "concurrency_key", where=where).ddl_if(**_HAVE_PARTIAL)
 
 
 # --- many rows in one parameter -------------------------------------------------------------------------------------
@@ -363,6 +377,15 @@ def backend_of(bind: Engine | Connection | Dialect) -> Backend:
         return _BACKENDS[name]
     except KeyError:
         raise NotSupported(f"{name} is not supported; use SQLite, PostgreSQL, MySQL or MariaDB") from None
+
+
+def insert_unless_there(backend: Backend, table: Table) -> Insert:
+    """Return an INSERT that leaves a row with the same key as it is."""
+    if backend is MYSQL:
+        return plain_insert(table).prefix_with("IGNORE")
+    if backend is SQLITE:
+        return sqlite_insert(table).on_conflict_do_nothing()
+    return postgresql.insert(table).on_conflict_do_nothing()
 
 
 _GUIDED = "future_jobs.guided"  # in a connection's info: its planner was told for good

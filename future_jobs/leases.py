@@ -2,20 +2,23 @@
 
 A thread of its own renews the leases of all that the worker holds, each quarter of a lease, by one UPDATE, and watches
 the leases of others. A job is taken back when its lease is over by the database's clock, *and* nobody has touched it
-for a whole lease on the watcher's own monotonic clock. So a clock that jumps takes nothing from the living.
+for a whole lease on the watcher's own monotonic clock. So a clock that jumps takes nothing from the living. The thread
+also keeps the row that tells others that the worker is there.
 """
 
 from __future__ import annotations
 
+import os
 import random
+import socket
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from datetime import datetime, timedelta
 from time import monotonic
 
 from sqlalchemy.engine import Connection
 
-from . import events, lifecycle, statements
+from . import events, lifecycle, limit_statements, statements
 from .performing import tell
 from .statements import Token
 from .status import Status
@@ -37,12 +40,15 @@ class Leases:
         *,
         time: Callable[[], datetime],
         held: Callable[[], set[Token]],
+        queues: Mapping[str, int],
     ) -> None:
         self.units = units
         self.worker = worker
         self.lease = lease
         self._time = time
         self._held = held
+        self._queues = dict(queues)
+        self._started_at: datetime | None = None
         self._strays: set[Token] = set()
         self._watched: dict[tuple[Token, datetime | None], float] = {}
         self._over = threading.Event()
@@ -61,18 +67,47 @@ class Leases:
         self._over.set()
         if self._thread.is_alive():
             self._thread.join(timeout=5)  # it may be waiting for a database that is away
+        if self._started_at is not None:
+            try:
+                self.units.write(lambda connection: limit_statements.unregister(connection, [self.worker]))
+            except Exception:
+                events.logger.exception("the row of %s stays; another worker will remove it", self.worker)
 
     def _run(self) -> None:
         pause = self.lease.total_seconds() / 4
         while not self._over.is_set():
             began = monotonic()
-            for step in (self.renew, self.watch):
+            for step in (self.appear, self.renew, self.watch):
                 try:
                     step()
                 except Exception:
                     if not self._over.is_set():
                         events.logger.exception("the leases of %s: %s failed", self.worker, step.__name__)
             self._over.wait(max(0.0, pause - (monotonic() - began)))
+
+    def appear(self) -> None:
+        """Say that the worker is alive, and forget those that have not said so for long."""
+        now = self._time()
+        self._started_at = self._started_at or now
+        row = {
+            "name": self.worker,
+            "host": socket.gethostname()[:255],
+            "pid": os.getpid(),
+            "queues": self._queues,
+            "started_at": self._started_at,
+            "seen_at": now,
+            "lease_seconds": self.lease.total_seconds(),
+        }
+
+        def work(connection: Connection) -> None:
+            if not limit_statements.seen(connection, self.worker, now=now):
+                limit_statements.register(connection, row)
+                limit_statements.forget_limits(connection, before=now)
+            gone = [each.name for each in limit_statements.workers(connection) if limit_statements.is_gone(each, now)]
+            if gone:
+                limit_statements.unregister(connection, gone)
+
+        self.units.write(work)
 
     def renew(self) -> None:
         """Extend the leases of all that the worker holds.

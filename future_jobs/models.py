@@ -1,8 +1,9 @@
 """The tables.
 
 A `ScheduledJob` is one call to make, a `JobFailure` one attempt at it that went wrong, a `RecurringJob` the rule that
-makes new jobs. All three live on the library's own `Base`, so that an application's metadata stays its own; reading
-them is what they are for. Their states are written by ``lifecycle.py`` alone.
+makes new jobs. A `Queue` is one that is paused, a `Limit` what several claimers must agree on, a `RunningWorker` one
+that says it is alive. All live on the library's own `Base`, so that an application's metadata stays its own; reading
+them is what they are for. The states of jobs are written by ``lifecycle.py`` alone.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from datetime import datetime, timedelta
 from functools import partial
 from typing import TYPE_CHECKING, Any, Unpack, cast
 
-from sqlalchemy import Computed, ForeignKey, Index, Integer, MetaData, SmallInteger, String
+from sqlalchemy import Computed, Double, ForeignKey, Index, Integer, MetaData, SmallInteger, String
 from sqlalchemy.engine import Dialect
 from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column, object_session
 from sqlalchemy.types import TypeDecorator
@@ -28,6 +29,7 @@ from .dialects import (
     Unreadable,
     UTCDateTime,
     claim_indexes,
+    concurrency_index,
     partial_index,
 )
 from .errors import ObjectMissing, UsageError
@@ -37,7 +39,17 @@ if TYPE_CHECKING:
     from .options import JobOptions
     from .times import When
 
-__all__ = ["SCHEDULER", "Base", "JobFailure", "RecurringJob", "ScheduledJob", "metadata"]
+__all__ = [
+    "SCHEDULER",
+    "Base",
+    "JobFailure",
+    "Limit",
+    "Queue",
+    "RecurringJob",
+    "RunningWorker",
+    "ScheduledJob",
+    "metadata",
+]
 
 SCHEDULER = "future_jobs.scheduler"  # where a Session's info keeps its Scheduler
 
@@ -134,11 +146,17 @@ class ScheduledJob(Base):
 
     recurring_id: Mapped[int | None] = mapped_column(BigKey)
 
+    rate_limit: Mapped[str | None] = mapped_column(String(32))
+    # Jobs with the same text here are held back together; see limits.py, which writes both. What is in no group, which
+    # is nearly everything, is claimed without a thought of limits: the index is led by the flag.
+    limited_by: Mapped[str | None] = mapped_column(String(320))
+    limited: Mapped[bool] = mapped_column(server_default="0")
+
     __table_args__ = (
         *claim_indexes(),
         partial_index("uq_future_jobs_unique_slot", "unique_slot", where="unique_slot IS NOT NULL", unique=True),
         partial_index("ix_future_jobs_content", "content_type", "content_key", where="content_type IS NOT NULL"),
-        partial_index("ix_future_jobs_concurrency", "concurrency_key", "status", where="concurrency_key IS NOT NULL"),
+        concurrency_index(),
         partial_index(
             "uq_future_jobs_recurring",
             "recurring_id",
@@ -272,3 +290,51 @@ class RecurringJob(Base):
 
     def __repr__(self) -> str:
         return f"<RecurringJob {self.name!r} ({self.rule})>"
+
+
+class Queue(Base):
+    """A queue that is paused: none of its jobs is started. A queue without a row is not."""
+
+    __tablename__ = "future_jobs_queue"
+    __table_args__ = (TABLE_OPTIONS,)
+
+    name: Mapped[str] = mapped_column(String(100), primary_key=True)
+    paused_at: Mapped[datetime] = mapped_column(UTCDateTime)
+
+    def __repr__(self) -> str:
+        return f"<Queue {self.name!r}, paused>"
+
+
+class Limit(Base):
+    """What claimers of limited jobs lock, so that no two count the same free place, and the starts that a rate counts.
+
+    Its name is ``key:`` and a concurrency key, or ``queue:`` and a queue. After ``kept_until`` it says nothing.
+    """
+
+    __tablename__ = "future_jobs_limit"
+    __table_args__ = (TABLE_OPTIONS,)
+
+    name: Mapped[str] = mapped_column(String(261), primary_key=True)
+    starts: Mapped[Any] = mapped_column(JSONText, nullable=True)
+    kept_until: Mapped[datetime | None] = mapped_column(UTCDateTime)
+
+    def __repr__(self) -> str:
+        return f"<Limit {self.name!r}>"
+
+
+class RunningWorker(Base):
+    """A worker, from its start to its end. One that was killed is forgotten by the others after a while."""
+
+    __tablename__ = "future_jobs_worker"
+    __table_args__ = (TABLE_OPTIONS,)
+
+    name: Mapped[str] = mapped_column(String(200), primary_key=True)
+    host: Mapped[str] = mapped_column(String(255))
+    pid: Mapped[int] = mapped_column(Integer)
+    queues: Mapped[Any] = mapped_column(JSONText)  # {"mail": 4, "*": 10}
+    started_at: Mapped[datetime] = mapped_column(UTCDateTime)
+    seen_at: Mapped[datetime] = mapped_column(UTCDateTime)
+    lease_seconds: Mapped[float] = mapped_column(Double)
+
+    def __repr__(self) -> str:
+        return f"<RunningWorker {self.name!r}>"

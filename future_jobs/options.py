@@ -8,16 +8,28 @@ from difflib import get_close_matches
 from typing import Any, Literal, TypedDict
 
 from .errors import InvalidArgument, InvalidOption, UnknownOption, shown
+from .rates import parse_rate
 from .retries import BackoffOption, dump_backoff, dump_exceptions
 from .times import When
 
-__all__ = ["MAX_PRIORITY", "MAX_QUEUE", "JobOptions", "checked", "checked_word", "run_options", "unique_columns"]
+__all__ = [
+    "MAX_PRIORITY",
+    "MAX_QUEUE",
+    "JobOptions",
+    "checked",
+    "checked_word",
+    "limit_columns",
+    "run_options",
+    "unique_columns",
+]
 
 MAX_PRIORITY = 100
 MAX_QUEUE = 100
 MAX_UNIQUE_KEY = 255
 MAX_ATTEMPTS = 1_000_000
 MAX_TAGS = 50
+MAX_KEY = 255
+MAX_CONCURRENCY = 1_000_000
 
 Exceptions = type[BaseException] | str | Sequence[type[BaseException] | str]
 
@@ -35,6 +47,9 @@ class JobOptions(TypedDict, total=False):
     discard_on: Exceptions
     transaction: Literal["job", "own"]
     missing: Literal["fail", "discard", "none"]
+    concurrency_key: str | None
+    concurrency_limit: int
+    rate_limit: str | None
     unique_key: str | None
     unique_until: Literal["started", "finished"]
     on_conflict: Literal["raise", "return_existing", "replace"]
@@ -63,6 +78,30 @@ def run_options(options: Mapping[str, Any]) -> dict[str, Any] | None:
     """Return, as JSON data for the row, those of the checked ``options`` that only the run needs."""
     kept = {name: options[name] for name in _RUN if options.get(name) not in (None, _RUN[name])}
     return kept or None
+
+
+def limit_columns(options: Mapping[str, Any], queue: str) -> dict[str, Any]:
+    """Return the columns that say what holds a job back besides its time, from the checked ``options``.
+
+    Jobs of one ``limited_by`` are held back together, and by the same; see ``limits.py``.
+    """
+    key, rate = options.get("concurrency_key"), options.get("rate_limit")
+    limit = options.get("concurrency_limit", 1) if key is not None else None
+    if key is None and "concurrency_limit" in options:
+        raise InvalidOption(
+            "concurrency_limit says how many jobs of a concurrency_key may run at once; give that as well",
+            argument="concurrency_limit",
+            value=options["concurrency_limit"],
+        )
+    limited = key is not None or rate is not None
+    place = f"queue:{queue}" if key is None else f"key:{key}"
+    return {
+        "concurrency_key": key,
+        "concurrency_limit": limit,
+        "rate_limit": rate,
+        "limited_by": f"{limit or '-'} {rate or '-'} {place}" if limited else None,
+        "limited": limited,
+    }
 
 
 def unique_columns(options: Mapping[str, Any], *, given: Mapping[str, Any]) -> dict[str, str]:
@@ -143,6 +182,10 @@ def _tags(name: str, value: Any) -> list[str]:
     return tags
 
 
+def _or_none(check: Any) -> Any:
+    return lambda name, value: None if value is None else check(name, value)
+
+
 _CHECKS = {
     "queue": checked_word,
     "priority": _integer(-MAX_PRIORITY, MAX_PRIORITY),
@@ -156,4 +199,7 @@ _CHECKS = {
     "unique_until": _one_of("started", "finished"),
     "on_conflict": _one_of("raise", "return_existing", "replace"),
     "tags": _tags,
+    "concurrency_key": _or_none(lambda name, value: checked_word(name, value, MAX_KEY)),
+    "concurrency_limit": _integer(1, MAX_CONCURRENCY),
+    "rate_limit": _or_none(lambda name, value: str(parse_rate(value, argument=name))),
 }

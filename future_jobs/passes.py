@@ -23,9 +23,10 @@ from typing import Any
 
 from sqlalchemy.engine import Connection
 
-from . import events, execution, lifecycle, statements, ticks
+from . import events, execution, lifecycle, limit_statements, statements, ticks
 from .errors import JobAborted
 from .lifecycle import Failed
+from .limits import Limits
 from .performing import Ended, Performer, tell, told
 from .sessions import JobSession
 from .statements import Claimed, Level
@@ -101,6 +102,7 @@ class Pass:
         self.report = RunReport()
         self._began = monotonic()
         self._newest = 0
+        self._limits = Limits(patience=math.inf)
         self._groups: list[list[_Place]] = []  # by priority; within one, a place for each queue
         self._unstarted: deque[Claimed] = deque()
         self._done: list[Ended] = []
@@ -134,12 +136,16 @@ class Pass:
             due = [level for level in statements.levels(connection) if self._serves(level)]
             self._newest = statements.newest(connection) if due else 0
             late.extend(level for level in due if statements.is_any_expired(connection, level, now=self.now))
+            paused.update(limit_statements.paused(connection) if due else ())
             return due
 
         late: list[Level] = []
+        paused: set[str] = set()
         for level in self.units.read(look):
             if level in late:
                 self._expire(level)
+            if level.queue in paused:
+                continue
             place = _Place(level, (level.first_at, 0))
             if self._groups and self._groups[-1][0].level.priority == level.priority:
                 self._groups[-1].append(place)
@@ -172,6 +178,7 @@ class Pass:
     # --- claiming
 
     def _claim(self) -> bool:
+        self._leave_out_full()
         wanted = int(min(BATCH_MOST, max(1, BATCH_SECONDS / self._average), self.left))
         if not self._done and not (self._groups and wanted):
             return False  # nothing to write: no lock is taken
@@ -188,6 +195,7 @@ class Pass:
             raise
         for each in ended:
             self._count(each)
+        self._limits.took(rows)
         self.left -= len(rows)
         if events.wanted("claimed"):
             for row in rows:
@@ -199,17 +207,42 @@ class Pass:
         self._unstarted = deque(row for row in rows if row.id not in requeued) if again else deque(rows)
         return bool(rows)
 
+    def _leave_out_full(self) -> None:
+        """Drop the limited levels of which nothing may start: what waits there is for another pass."""
+        if not any(place.level.limited for group in self._groups for place in group):
+            return
+        if self._done:
+            self._settle_done()  # whose places are free then
+        groups = ([each for each in group if self._may_start(each.level)] for group in self._groups)
+        self._groups = [group for group in groups if group]
+
+    def _may_start(self, level: Level) -> bool:
+        def look(connection: Connection) -> tuple[datetime | None, bool]:
+            return self._limits.look(connection, level, now=self.now, at=self._time(), newest=self._newest)
+
+        is_all = not level.limited
+        while not is_all:
+            opens_at, is_all = self.units.read(look)
+            if is_all and (opens_at is None or opens_at > self._time()):
+                return False
+        return True
+
     def _take(self, connection: Connection, wanted: int) -> tuple[list[Claimed], list[list[_Place]]]:
         rows: list[Claimed] = []
         groups = [list(group) for group in self._groups]
+        limited_left = 1
         while groups and len(rows) < wanted:
             share = math.ceil((wanted - len(rows)) / len(groups[0]))  # queues of one priority take turns
             left: list[_Place] = []
             for place in groups[0]:
-                # A job that was lost before may be one that kills its process: it is taken alone.
+                # A job that was lost before may be one that kills its process: it is taken alone. A limited one counts
+                # as started: one in each batch.
                 asked = int(not rows) if place.is_of_lost else min(share, wanted - len(rows))
+                if place.level.limited:
+                    asked = min(asked, limited_left)
                 taken = self._take_from(connection, place, asked) if asked else []
                 rows += taken
+                limited_left -= len(taken) if place.level.limited else 0
                 left += place.beyond(taken, asked)
             if left == groups[0]:
                 break
@@ -219,6 +252,17 @@ class Pass:
         return rows, groups
 
     def _take_from(self, connection: Connection, place: _Place, limit: int) -> list[Claimed]:
+        if place.level.limited:
+            return self._limits.claim(
+                connection,
+                place.level,
+                limit=limit,
+                now=self.now,
+                worker=self.worker,
+                leased_until=self._lease_end(),
+                started_at=self._time(),
+                most_losses=statements.ANY_LOSSES if place.is_of_lost else 0,
+            )
         return statements.claim(
             connection,
             place.level,
@@ -241,6 +285,7 @@ class Pass:
         ):
             self._settle_done()
         ended = self.performer.perform(row)
+        self._limits.freed([row.id])
         self._unstarted.popleft()
         self._seconds[row.callable_name] = ended.seconds
         self._average += (ended.seconds - self._average) * (0.1 if self.report.job_ids else 1)

@@ -14,13 +14,24 @@ from sqlalchemy.engine import Connection, Engine
 from sqlalchemy.exc import InvalidRequestError, UnboundExecutionError
 from sqlalchemy.orm import Session, scoped_session
 
-from . import bulk, events, execution, lifecycle, payloads, statements, unique_statements, wakeups
+from . import (
+    bulk,
+    events,
+    execution,
+    explaining,
+    lifecycle,
+    limit_statements,
+    payloads,
+    statements,
+    unique_statements,
+    wakeups,
+)
 from .callables import Allow, Call, describe, permit, permit_classes, plain_arguments
 from .callables import resolve as resolve_callable
 from .dialects import Encoded, begin_before_savepoint, cannot_roll_back, is_autocommit
 from .errors import AlreadyScheduled, InvalidArgument, InvalidOption, UsageError, shown
 from .models import SCHEDULER, RecurringJob, ScheduledJob
-from .options import JobOptions, checked, checked_word, run_options, unique_columns
+from .options import JobOptions, checked, checked_word, limit_columns, run_options, unique_columns
 from .passes import Pass, RunReport
 from .retries import path_in
 from .schedules import Schedules
@@ -209,6 +220,7 @@ class Scheduler(Schedules):
                 given["content_object"], session=self._own()
             )
         row["options"] = {**(job.options or {}), **(run_options(given) or {})} or None
+        row |= limit_columns({**_limits_of(job), **given}, row["queue"])
         if "expires" in given:
             expires_at = resolve_expiry(given["expires"], run_at=run_at, timezone=self.timezone)
         else:
@@ -289,7 +301,38 @@ class Scheduler(Schedules):
         with self._connection() as connection:
             return statements.prune(connection, before=before, statuses=wanted, limit=limit)
 
+    # --- queues
+
+    def pause_queue(self, queue: str) -> bool:
+        """Let no job of ``queue`` start until `resume_queue`, wherever it would run; True if this call did.
+
+        What runs goes on. After commit every worker, and every `run_due`, leaves the queue out when it next looks.
+        """
+        self._prepare()
+        queue = checked_word("queue", queue)
+        self.session.flush()
+        with self._connection() as connection:
+            return limit_statements.pause(connection, queue, now=self._now())
+
+    def resume_queue(self, queue: str) -> bool:
+        """Let the jobs of ``queue`` start again; True if it was paused."""
+        self._prepare()
+        queue = checked_word("queue", queue)
+        self.session.flush()
+        with self._connection() as connection:
+            now = self._now()
+            wakeups.announce(self._own(), connection, now, now=now)
+            return limit_statements.resume(connection, queue)
+
     # --- looking
+
+    def why(self, job: ScheduledJob | int) -> explaining.Why:
+        """Return why ``job`` is not running; printed, it is a sentence. Its ``reason`` is for programs."""
+        self._prepare()
+        job_id = _id_of(job)
+        self.session.flush()
+        with self._connection() as connection:
+            return explaining.explain(connection, job_id, now=self._now())
 
     def jobs_for(self, obj: object) -> Select[ScheduledJob]:
         """Return a Select of the jobs bound to the mapped object ``obj``, to be narrowed and executed by the caller."""
@@ -392,6 +435,7 @@ class Scheduler(Schedules):
             "queue": chosen.get("queue", "default"),
             "priority": chosen.get("priority", 0),
             "max_attempts": chosen.get("max_attempts", 1),
+            **limit_columns(chosen, chosen.get("queue", "default")),
             "run_at": run_at,
             "nominal_at": run_at,
             "expires_at": expires_at,
@@ -539,6 +583,11 @@ class Scheduler(Schedules):
         for held in list(session.identity_map.values()):
             if isinstance(held, ScheduledJob | RecurringJob):
                 session.expire(held)
+
+
+def _limits_of(job: ScheduledJob) -> dict[str, Any]:
+    names = ("concurrency_key", "concurrency_limit", "rate_limit")
+    return {name: value for name in names if (value := getattr(job, name)) is not None}
 
 
 def _same(value: datetime) -> datetime:

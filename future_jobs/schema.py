@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 __all__ = ["HEAD", "VERSION_TABLE", "check", "create_tables", "current", "downgrade", "drift", "sql", "upgrade"]
 
-HEAD = "0001"  # the newest file in migrations/versions; a test compares them
+HEAD = "0002"  # the newest file in migrations/versions; a test compares them
 VERSION_TABLE = "future_jobs_version"
 LOCK_KEY = 0x_66757475_72655F6A  # "future_j"
 LOCK_SECONDS = 600

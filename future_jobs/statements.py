@@ -5,7 +5,8 @@ index is only considered where the planner can see that the condition implies it
 
 Jobs are claimed level by level. A *level* is one ``(queue, priority)``: within it the index gives due jobs in order
 without a sort, and without stepping over jobs of another priority that are not due yet. One ``ORDER BY priority,
-run_at`` over the whole table would walk over every future job of a better priority.
+run_at`` over the whole table would walk over every future job of a better priority. Limited jobs, many of which may be
+due and must wait, are a level apart, which only ``limits.py`` claims from.
 """
 
 from __future__ import annotations
@@ -19,18 +20,23 @@ from typing import Any, NamedTuple, cast
 
 from sqlalchemy import (
     ColumnElement,
+    CompoundSelect,
     CursorResult,
     Select,
     Text,
+    and_,
     bindparam,
     delete,
     func,
     insert,
+    literal,
     literal_column,
+    not_,
     or_,
     select,
     text,
     type_coerce,
+    union_all,
     update,
 )
 from sqlalchemy.engine import Connection, Row
@@ -91,11 +97,12 @@ class Claimed(NamedTuple):
 
 
 class Level(NamedTuple):
-    """One queue and priority with jobs waiting in it, and when the first of them is due."""
+    """One queue and priority with jobs waiting in it, and when the first of them is due; the limited ones apart."""
 
     queue: str
     priority: int
     first_at: datetime
+    limited: bool = False
 
 
 def _is(status: Status) -> ColumnElement[bool]:
@@ -109,6 +116,7 @@ def spelled(status: Status) -> ColumnElement[Any]:
 
 WAITING = _is(Status.SCHEDULED)
 RUNNING = _is(Status.RUNNING)
+LIMITED, UNLIMITED = J.limited, not_(J.limited)
 ASKED_TO_STOP = J.cancel_requested_at.is_not(None)
 NOT_ASKED_TO_STOP = J.cancel_requested_at.is_(None)
 HAS_NO_KEY = J.unique_key.is_(None)
@@ -201,7 +209,7 @@ def levels(connection: Connection) -> list[Level]:
     if backend.recursive_scan:
         found = [Level(*row) for row in connection.execute(_levels_at_once())]
     else:
-        found = list(_levels_by_steps(connection))
+        found = [level for limited in (False, True) for level in _levels_by_steps(connection, limited)]
     return sorted(found, key=lambda level: (rank(level.priority), level.first_at))
 
 
@@ -211,34 +219,41 @@ def rank(priority: object) -> int:
 
 
 @cache
-def _levels_at_once() -> Select[Any]:
+def _levels_at_once() -> CompoundSelect[Any]:
+    return union_all(*(_scan(limited) for limited in (False, True)))
+
+
+def _scan(limited: bool) -> Select[Any]:
     # ix_future_jobs_due
-    queues = select(select(func.min(J.queue)).where(WAITING).scalar_subquery().label("queue")).cte(
-        "queues", recursive=True
+    waiting = and_(WAITING, LIMITED if limited else UNLIMITED)
+    queues = select(select(func.min(J.queue)).where(waiting).scalar_subquery().label("queue")).cte(
+        f"queues_{limited:d}", recursive=True
     )
     queues = queues.union_all(
         select(
-            select(func.min(J.queue)).where(WAITING, J.queue > queues.c.queue).correlate(queues).scalar_subquery()
+            select(func.min(J.queue)).where(waiting, J.queue > queues.c.queue).correlate(queues).scalar_subquery()
         ).where(queues.c.queue.is_not(None))
     )
-    best = select(func.max(J.priority)).where(WAITING, J.queue == queues.c.queue).correlate(queues).scalar_subquery()
+    best = select(func.max(J.priority)).where(waiting, J.queue == queues.c.queue).correlate(queues).scalar_subquery()
     steps = (
-        select(queues.c.queue, best.label("priority")).where(queues.c.queue.is_not(None)).cte("levels", recursive=True)
+        select(queues.c.queue, best.label("priority"))
+        .where(queues.c.queue.is_not(None))
+        .cte(f"levels_{limited:d}", recursive=True)
     )
     worse = (
         select(func.max(J.priority))
-        .where(WAITING, J.queue == steps.c.queue, J.priority < steps.c.priority)
+        .where(waiting, J.queue == steps.c.queue, J.priority < steps.c.priority)
         .correlate(steps)
         .scalar_subquery()
     )
     steps = steps.union_all(select(steps.c.queue, worse).where(steps.c.priority.is_not(None)))
     first = (
         select(func.min(J.run_at))
-        .where(WAITING, J.queue == steps.c.queue, J.priority == steps.c.priority)
+        .where(waiting, J.queue == steps.c.queue, J.priority == steps.c.priority)
         .correlate(steps)
         .scalar_subquery()
     )
-    return select(steps.c.queue, steps.c.priority, first).where(steps.c.priority.is_not(None))
+    return select(steps.c.queue, steps.c.priority, first, literal(limited)).where(steps.c.priority.is_not(None))
 
 
 def _guide(connection: Connection) -> None:
@@ -252,23 +267,25 @@ def _planning(backend: Backend) -> Select[Any]:
     return select(*(func.set_config(name, "off", literal_column("true")) for name in backend.planner))
 
 
-def _levels_by_steps(connection: Connection) -> Iterator[Level]:
+def _levels_by_steps(connection: Connection, limited: bool) -> Iterator[Level]:
     # ix_future_jobs_status. MariaDB reads the whole index for the recursive form, and one entry for each of these.
-    queue = ""
-    while (queue := connection.scalar(_NEXT_QUEUE, {"in_queue": queue})) is not None:
-        priority = 1 << 14
-        while (priority := connection.scalar(_NEXT_PRIORITY, {"in_queue": queue, "at_priority": priority})) is not None:
-            first = connection.scalar(_FIRST_DUE, {"in_queue": queue, "at_priority": priority})
+    at: dict[str, Any] = {"is_limited": limited, "in_queue": ""}
+    while (queue := connection.scalar(_NEXT_QUEUE, at)) is not None:
+        at = {**at, "in_queue": queue, "at_priority": 1 << 14}
+        while (priority := connection.scalar(_NEXT_PRIORITY, at)) is not None:
+            at["at_priority"] = priority
+            first = connection.scalar(_FIRST_DUE, at)
             if first is not None:
-                yield Level(queue, priority, first)
+                yield Level(queue, priority, first, limited)
 
 
-_NEXT_QUEUE = select(func.min(J.queue)).where(WAITING, J.queue > bindparam("in_queue"))
+_OF_KIND = J.limited == bindparam("is_limited")
+_NEXT_QUEUE = select(func.min(J.queue)).where(WAITING, _OF_KIND, J.queue > bindparam("in_queue"))
 _NEXT_PRIORITY = select(func.max(J.priority)).where(
-    WAITING, J.queue == bindparam("in_queue"), J.priority < bindparam("at_priority")
+    WAITING, _OF_KIND, J.queue == bindparam("in_queue"), J.priority < bindparam("at_priority")
 )
 _FIRST_DUE = select(func.min(J.run_at)).where(
-    WAITING, J.queue == bindparam("in_queue"), J.priority == bindparam("at_priority")
+    WAITING, _OF_KIND, J.queue == bindparam("in_queue"), J.priority == bindparam("at_priority")
 )
 
 
@@ -360,6 +377,23 @@ def claim(
     return rows
 
 
+def lock_waiting(connection: Connection, ids: Sequence[int], *, now: datetime) -> list[Claimed]:
+    """Return those of ``ids`` that may be claimed, as `take` will leave them, locked where that is possible.
+
+    Primary key. Rows that others hold are left out.
+    """
+    rows = connection.execute(_locked(connection, _STILL_WAITING), {"ids": ids, "now": now})
+    return [*map(Claimed._make, rows)]
+
+
+def take(
+    connection: Connection, ids: Sequence[int], *, worker: str, leased_until: datetime, started_at: datetime
+) -> None:
+    """Claim jobs that `lock_waiting` returned. Primary key."""
+    taken = {"worker": worker, "until": leased_until, "started": started_at}
+    connection.execute(_claim_by_id(), {"ids": ids, **taken})
+
+
 @cache
 def _due(backend: Backend) -> Select[Any]:
     # ix_future_jobs_due, or ix_future_jobs_status: equality on queue and priority, a range on run_at, no sort.
@@ -368,6 +402,7 @@ def _due(backend: Backend) -> Select[Any]:
         select(J.id)
         .where(
             WAITING,
+            UNLIMITED,
             J.queue == bindparam("in_queue"),
             J.priority == bindparam("at_priority"),
             J.run_at <= bindparam("now", type_=UTCDateTime),
@@ -385,9 +420,12 @@ def _due(backend: Backend) -> Select[Any]:
 
 @cache
 def _due_rows(backend: Backend) -> Select[Any]:
-    # What the rows will hold once `_claim_by_id` has taken them.
-    columns = ((J.attempt + 1).label("attempt") if column is J.attempt else column for column in CLAIMED)
-    return _due(backend).with_only_columns(*columns)
+    return _due(backend).with_only_columns(*_AS_CLAIMED)
+
+
+# What the rows will hold once `_claim_by_id` has taken them.
+_AS_CLAIMED = tuple((J.attempt + 1).label("attempt") if column is J.attempt else column for column in CLAIMED)
+_STILL_WAITING = select(*_AS_CLAIMED).where(J.id.in_(bindparam("ids", expanding=True)), WAITING, NOT_EXPIRED)
 
 
 def _taken() -> dict[str, Any]:
@@ -422,20 +460,23 @@ def expired(connection: Connection, level: Level, *, now: datetime, limit: int) 
 
     The index of the claim. Only due jobs are looked at: none expires before it is due.
     """
-    params = {"in_queue": level.queue, "at_priority": level.priority, "now": now, "limit": limit}
-    return list(connection.execute(_locked(connection, _EXPIRED), params))
+    return list(connection.execute(_locked(connection, _EXPIRED), {**_place(level), "now": now, "limit": limit}))
 
 
 def is_any_expired(connection: Connection, level: Level, *, now: datetime) -> bool:
     """Tell whether `expired` would return any; nothing is locked."""
-    params = {"in_queue": level.queue, "at_priority": level.priority, "now": now, "limit": 1}
-    return connection.execute(_EXPIRED, params).first() is not None
+    return connection.execute(_EXPIRED, {**_place(level), "now": now, "limit": 1}).first() is not None
+
+
+def _place(level: Level) -> dict[str, Any]:
+    return {"is_limited": level.limited, "in_queue": level.queue, "at_priority": level.priority}
 
 
 _EXPIRED = (
     select(J.id, J.attempt, J.callable_name, J.queue, J.run_at, J.expires_at)
     .where(
         WAITING,
+        _OF_KIND,
         J.queue == bindparam("in_queue"),
         J.priority == bindparam("at_priority"),
         J.run_at <= bindparam("now", type_=UTCDateTime),

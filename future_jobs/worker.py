@@ -210,7 +210,7 @@ class Worker:
             found = crew.claims.levels(connection)
             due = [level for level in found if level.first_at <= now] if monotonic() >= crew.expire_at else []
             late = [level for level in due if statements.is_any_expired(connection, level, now=now)]
-            return found, late, tick_statements.next_tick(connection)
+            return crew.claims.startable(connection, found), late, tick_statements.next_tick(connection)
 
         self._stale_after = monotonic() + LOOK_SECONDS  # what wakes it meanwhile makes it stale again
         began = monotonic()
@@ -282,7 +282,8 @@ class Worker:
 
     def _forget(self, crew: Crew, token: Token) -> None:
         self._held.pop(token, None)
-        crew.claims.ended(token)
+        if crew.claims.ended(token):
+            self._wake()
 
     # --- sleeping
 
@@ -351,7 +352,7 @@ class Worker:
         open_session = opener(make, self.engine, {SCHEDULER: self.scheduler}, kept)
         performer = PatientPerformer(units, open_session, context, worker=name)
         outbox = Outbox(partial(self._alarm.ring, ACK_SECONDS))
-        leases = Leases(units, name, self.lease, time=now, held=self._tokens)
+        leases = Leases(units, name, self.lease, time=now, held=self._tokens, queues=self.queues)
         crew = Crew(
             name=name,
             units=units,

@@ -219,6 +219,19 @@ def note_in_database(session: Session) -> None:
     session.add(Letter(text=str(job_id)))
 
 
+def enter_and_leave() -> None:
+    """Two lines a run: one when it begins, one when it ends, with what it did between long enough to meet others."""
+    with Path(os.environ[LEDGER]).open("a", encoding="ascii", buffering=1) as ledger:
+        ledger.write("+\n")
+        sum(range(100_000))
+        ledger.write("-\n")
+
+
+def note_the_time() -> None:
+    with Path(os.environ[LEDGER]).open("a", encoding="ascii") as ledger:
+        ledger.write(f"{current_job().started_at.timestamp():.6f}\n")
+
+
 def note_number(number: int, session: Session) -> None:
     from tests.shop import Letter
 

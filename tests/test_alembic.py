@@ -208,8 +208,8 @@ def sqlite_project(tmp_path):
 def test_one_line_in_env_py_is_enough(project):
     text = project.autogenerate()
     up, down = text.split("def downgrade():")
-    assert 'op.future_jobs("0001", since=None)' in up
-    assert 'op.future_jobs(None, since="0001")' in down
+    assert 'op.future_jobs("0002", since=None)' in up
+    assert 'op.future_jobs(None, since="0002")' in down
     assert text.count("future_jobs") == 2
     assert up.index("future_jobs") < up.index("create_table") < down.index("drop_table") + len(up)
     assert down.index("drop_table") < down.index("future_jobs")
@@ -371,7 +371,7 @@ def test_an_async_env_py(tmp_path):
     pytest.importorskip("aiosqlite")
     pytest.importorskip("greenlet")
     project = Project(tmp_path, f"sqlite+aiosqlite:///{tmp_path}/app.db", ASYNC_ENV)
-    assert 'op.future_jobs("0001", since=None)' in project.autogenerate()
+    assert 'op.future_jobs("0002", since=None)' in project.autogenerate()
     project.upgrade()
     project.check()
     schema.check(project.engine)
@@ -381,7 +381,7 @@ def test_an_async_env_py(tmp_path):
 
 def test_a_prefix_of_your_own(sqlite_project):
     sqlite_project.configure(options='{"alembic_module_prefix": "my_op."}')
-    assert 'my_op.future_jobs("0001", since=None)' in sqlite_project.autogenerate()
+    assert 'my_op.future_jobs("0002", since=None)' in sqlite_project.autogenerate()
 
 
 # --- op.future_jobs -------------------------------------------------------------------------------------------------
@@ -431,14 +431,14 @@ def test_offline_sql_makes_the_same_tables(project):
 
 def test_a_transaction_that_fails_takes_the_tables_with_it(tmp_path, server_url):
     project = Project(tmp_path, server_url("postgresql"))
-    project.write('op.future_jobs("0001", since=None)\nraise ZeroDivisionError')
+    project.write('op.future_jobs("0002", since=None)\nraise ZeroDivisionError')
     with pytest.raises(ZeroDivisionError):
         project.upgrade()
     assert project.tables == set()
 
 
 def test_going_back_from_nothing_does_nothing(project):
-    project.write('op.future_jobs(None, since="0001")', 'op.future_jobs("0001", since=None)')
+    project.write('op.future_jobs(None, since="0002")', 'op.future_jobs("0002", since=None)')
     project.upgrade()
     assert project.tables == {"alembic_version"}
     project.downgrade()
@@ -461,10 +461,10 @@ def test_a_newer_database_is_not_proposed_to_be_changed(project):
     assert "future_jobs" not in project.autogenerate()
 
 
-@pytest.mark.parametrize("call", ['op.future_jobs("0815", since=None)', 'op.future_jobs("0001", since="0815")'])
+@pytest.mark.parametrize("call", ['op.future_jobs("0815", since=None)', 'op.future_jobs("0002", since="0815")'])
 def test_an_unknown_revision_is_refused(sqlite_project, call):
     sqlite_project.write(call)
-    with pytest.raises(SchemaError, match="no revision '0815'; there are 0001"):
+    with pytest.raises(SchemaError, match="no revision '0815'; there are 0001, 0002"):
         sqlite_project.upgrade()
     with pytest.raises(SchemaError, match="no revision '0815'"):
         sqlite_project.sql("head")
@@ -473,7 +473,7 @@ def test_an_unknown_revision_is_refused(sqlite_project, call):
 def test_drift_and_our_own_autogenerate_are_not_filtered(sqlite_project):
     import future_jobs.alembic
 
-    assert future_jobs.alembic.FutureJobsOp("0001", None).to_diff_tuple() == ("future_jobs", "0001", None)
+    assert future_jobs.alembic.FutureJobsOp("0002", None).to_diff_tuple() == ("future_jobs", "0002", None)
     assert "table future_jobs_scheduled_job is missing" in schema.drift(sqlite_project.engine)
 
 
@@ -503,7 +503,7 @@ def test_the_alembic_command_works_in_a_checkout(project, tmp_path):
     assert "Running upgrade  -> 0001" in run("upgrade", "head")
     schema.check(project.engine)
     assert schema.drift(project.engine) == []
-    assert "0001 (head)" in run("current")
+    assert "0002 (head)" in run("current")
     assert "No new upgrade operations detected" in run("check")
     schema.create_tables(project.engine)
     run("downgrade", "base")

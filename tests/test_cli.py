@@ -779,7 +779,9 @@ def test_show_has_every_field_and_says_why(fj, several):
 
 def test_show_in_json_has_every_column(fj, several):
     shown = json.loads(fj("show", 2, "--json").stdout)
-    assert set(shown) == {*ScheduledJob.__table__.columns.keys()} - {"unique_slot"} | {"failed_attempts"}
+    hidden = {"unique_slot", "limited", "limited_by"}
+    assert set(shown) == {*ScheduledJob.__table__.columns.keys()} - hidden | {"failed_attempts", "why"}
+    assert shown["why"] == "failed"
     assert (shown["status"], shown["failures"]) == ("failed", 1)
     assert datetime.fromisoformat(shown["run_at"]).tzinfo is not None
     (failure,) = shown["failed_attempts"]
@@ -804,7 +806,8 @@ def test_a_late_job_says_that_nobody_runs_it(fj, session):
     earlier = datetime.now(UTC) - timedelta(hours=3)
     only(session).run_at = earlier
     session.commit()
-    assert "It is due since 3 hours, and waits for somebody" in fj("show", 1).output
+    assert "It is due, since" in fj("show", 1).output
+    assert "no worker is registered" in fj("show", 1).output
     assert "due 3 hours ago" in fj("list").output
     only(session).expires_at = earlier + timedelta(hours=1)
     session.commit()
@@ -866,14 +869,14 @@ def test_prune_refuses_an_age_that_is_none(fj, age):
 
 def test_db_makes_the_tables_and_says_so_once(tmp_path):
     at = ("--url", f"sqlite:///{tmp_path}/new.db")
-    assert call(*at, "db", "upgrade").output == "The tables are at revision 0001 now.\n"
-    assert call(*at, "db", "upgrade").output == "The tables are at revision 0001 already.\n"
-    assert call(*at, "db", "current").output == "0001 (the newest)\n"
-    assert call(*at, "db", "check").output == "The tables are as they should be (revision 0001).\n"
+    assert call(*at, "db", "upgrade").output == "The tables are at revision 0002 now.\n"
+    assert call(*at, "db", "upgrade").output == "The tables are at revision 0002 already.\n"
+    assert call(*at, "db", "current").output == "0002 (the newest)\n"
+    assert call(*at, "db", "check").output == "The tables are as they should be (revision 0002).\n"
     call(*at, "schedule", "0s", "builtins.print")
-    assert json.loads(call(*at, "db", "upgrade", "--json").stdout) == {"before": "0001", "after": "0001"}
-    assert json.loads(call(*at, "db", "current", "--json").stdout) == {"current": "0001", "head": "0001"}
-    assert json.loads(call(*at, "db", "check", "--json").stdout) == {"current": "0001", "differences": []}
+    assert json.loads(call(*at, "db", "upgrade", "--json").stdout) == {"before": "0002", "after": "0002"}
+    assert json.loads(call(*at, "db", "current", "--json").stdout) == {"current": "0002", "head": "0002"}
+    assert json.loads(call(*at, "db", "check", "--json").stdout) == {"current": "0002", "differences": []}
 
 
 def test_missing_tables_are_a_line_with_the_command_that_makes_them(tmp_path):
@@ -892,8 +895,8 @@ def test_missing_tables_are_a_line_with_the_command_that_makes_them(tmp_path):
 def test_tables_of_another_revision_are_refused(fj, session):
     session.execute(text("UPDATE future_jobs_version SET version_num = '9999'"))
     session.commit()
-    assert "newer than 0001" in fj("list", code=3).stderr
-    assert "newer than 0001" in fj("db", "upgrade", code=3).stderr
+    assert "newer than 0002" in fj("list", code=3).stderr
+    assert "newer than 0002" in fj("db", "upgrade", code=3).stderr
 
 
 def test_db_check_names_what_was_changed_by_hand(fj, session):
@@ -907,7 +910,7 @@ def test_db_check_names_what_was_changed_by_hand(fj, session):
 def test_db_sql_connects_to_nothing(tmp_path):
     for kind in ("sqlite", "postgresql", "mysql"):
         assert "CREATE TABLE future_jobs_scheduled_job" in call("--url", f"{kind}://", "db", "sql").output
-    assert "CREATE" not in call("--url", "sqlite://", "db", "sql", "--since", "0001").output
+    assert "CREATE" not in call("--url", "sqlite://", "db", "sql", "--since", "0002").output
     assert "CREATE TABLE" in json.loads(call("--url", "sqlite:///none.db", "db", "sql", "head", "--json").stdout)["sql"]
     assert not tmp_path.joinpath("none.db").exists()
     assert "there is no revision '7'" in call("--url", "sqlite://", "db", "sql", "7", code=3).stderr

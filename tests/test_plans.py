@@ -9,7 +9,7 @@ import pytest
 from sqlalchemy import event, insert, select, text
 from sqlalchemy.orm import Session
 
-from future_jobs import ScheduledJob, Scheduler, bulk, create_tables, unique_statements
+from future_jobs import ScheduledJob, Scheduler, bulk, create_tables, limit_statements, unique_statements
 from future_jobs import statements as st
 from future_jobs.dialects import backend_of
 from future_jobs.sources import own_engine
@@ -86,6 +86,11 @@ def claimed(connection, level, *, worker="me", limit=100, losses=(0, 9)):
     )
 
 
+def due_and_limited(connection):
+    after = (DUE.first_at, 0)
+    return limit_statements.due(connection, DUE, after=after, newest=1 << 62, without=["x"], now=NOW, limit=100)
+
+
 DUE, FUTURE = Level("default", 0, NOW - timedelta(minutes=1)), Level("default", 5, NOW + timedelta(days=1))
 LEVELS = QUEUES * PRIORITIES + 1
 
@@ -106,6 +111,8 @@ LOOP = {
     "look for expired": (lambda connection: st.is_any_expired(connection, FUTURE, now=NOW), 20),
     "renew": (lambda connection: st.renew(connection, "the living", NOW + timedelta(minutes=2)), 60),
     "who has a key": (lambda connection: unique_statements.holder(connection, "a key"), 20),
+    "look at limited": (lambda connection: due_and_limited(connection), 60),
+    "count what runs of a key": (lambda connection: limit_statements.running(connection, ["k", "l"]), 20),
     "leases": (lambda connection: st.leases(connection, before=NOW, limit=100), 150),
 }
 

@@ -24,7 +24,10 @@ SERVERS = {
     "mariadb": ("MariaDB", "mysql+pymysql://root@127.0.0.1/test"),
     "mariadb-name": ("MariaDB", "mariadb+pymysql://root@127.0.0.1/test"),
 }
-TABLES = {"future_jobs_scheduled_job", "future_jobs_job_failure", "future_jobs_recurring_job"}
+TABLES = {
+    *("future_jobs_scheduled_job", "future_jobs_job_failure", "future_jobs_recurring_job"),
+    *("future_jobs_queue", "future_jobs_limit", "future_jobs_worker"),
+}
 
 
 @pytest.fixture(scope="session")
@@ -111,7 +114,13 @@ def described(engine):
 
 
 def normal(text):
-    """One line without the differences that mean nothing: white space, and the order in which keys were made."""
+    """One line without the differences that mean nothing: white space, and the order in which keys were made.
+
+    A column that was added to an SQLite table stands in its text after the keys.
+    """
+    if text.startswith("table "):
+        head, _, body = " ".join(text.split()).partition("(")
+        return f"{head}({','.join(sorted(part.strip() for part in body.removesuffix(')').split(',')))})"
     lines = [line.strip().rstrip(",") for line in text.splitlines()]
     columns = [line for line in lines if "KEY `" not in line]
     return " ".join(" ".join([*columns, *sorted(set(lines) - set(columns))]).split())
@@ -225,6 +234,32 @@ def test_upgrade_with_output_only_reads(empty_engine):
     output = StringIO()
     schema.upgrade(empty_engine, output=output)
     assert statements_of(output.getvalue()) == []
+
+
+def test_each_revision_keeps_the_rows_on_the_way_up_and_down(empty_engine):
+    schema.upgrade(empty_engine, "0001")
+    insert_job(empty_engine)
+    at_first = described(empty_engine)
+    schema.upgrade(empty_engine)
+    expected = described(empty_engine)
+    with empty_engine.begin() as connection:
+        job = connection.exec_driver_sql("SELECT callable_name, rate_limit, limited FROM future_jobs_scheduled_job")
+        assert [tuple(row) for row in job] == [("a.b", None, False)]
+        connection.exec_driver_sql("UPDATE future_jobs_scheduled_job SET limited = '1', rate_limit = '1/s'")
+    schema.downgrade(empty_engine, "0001")
+    assert described(empty_engine) == at_first
+    assert count(empty_engine, "future_jobs_scheduled_job") == 1
+    schema.upgrade(empty_engine)
+    assert described(empty_engine) == expected
+    assert count(empty_engine, "future_jobs_scheduled_job") == 1
+    schema.check(empty_engine)
+
+
+def test_a_process_of_the_version_before_may_go_on_writing_jobs(empty_engine):
+    schema.create_tables(empty_engine)
+    insert_job(empty_engine)
+    with empty_engine.connect() as connection:
+        assert connection.exec_driver_sql("SELECT limited FROM future_jobs_scheduled_job").scalars().all() == [False]
 
 
 # --- whose transaction ------------------------------------------------------------------------------------------------
@@ -504,11 +539,11 @@ def test_drift_names_each_difference(empty_engine):
         connection.exec_driver_sql("CREATE INDEX ix_extra ON future_jobs_recurring_job (timezone)")
         connection.exec_driver_sql("CREATE TABLE something_else (id INTEGER PRIMARY KEY)")
         on = " ON future_jobs_scheduled_job" if empty_engine.dialect.name in {"mysql", "mariadb"} else ""
-        connection.exec_driver_sql(f"DROP INDEX ix_future_jobs_concurrency{on}")
+        connection.exec_driver_sql(f"DROP INDEX ix_future_jobs_content{on}")
     assert sorted(schema.drift(empty_engine)) == [
         "column future_jobs_job_failure.note should not be there",
         "index future_jobs_recurring_job.ix_extra should not be there",
-        "index future_jobs_scheduled_job.ix_future_jobs_concurrency is missing",
+        "index future_jobs_scheduled_job.ix_future_jobs_content is missing",
     ]
 
 
@@ -550,7 +585,8 @@ def test_sql_needs_neither_database_nor_driver(database):
     script = schema.sql(database)
     for table in (*TABLES, schema.VERSION_TABLE):
         assert f"{table} (" in script
-    assert f"INSERT INTO {schema.VERSION_TABLE} (version_num) VALUES ('{schema.HEAD}')" in script
+    assert script.count(f"INSERT INTO {schema.VERSION_TABLE} (version_num) VALUES ('0001')") == 1
+    assert f"UPDATE {schema.VERSION_TABLE} SET version_num='{schema.HEAD}'" in script
 
 
 def test_sql_is_one_transaction_where_that_is_possible():
@@ -576,7 +612,7 @@ def test_sql_refuses_other_databases():
 
 @pytest.mark.parametrize("call", [schema.upgrade, schema.downgrade])
 def test_an_unknown_revision_is_named_with_those_that_exist(memory, call):
-    with pytest.raises(SchemaError, match="no revision 'nope'; there are 0001"):
+    with pytest.raises(SchemaError, match="no revision 'nope'; there are 0001, 0002"):
         call(memory, "nope")
 
 
@@ -652,6 +688,19 @@ def insert_rule(engine):
             text(
                 f"INSERT INTO future_jobs_recurring_job ({columns}, created_at, updated_at) "
                 f"VALUES ({values}, '2026-01-01', '2026-01-01')"
+            )
+        )
+
+
+def insert_job(engine):
+    """Insert a job with the columns of the first revision."""
+    columns = "callable_name, args, kwargs, queue, priority, status, attempt, failures, max_attempts, losses, snoozes"
+    values = "'a.b', '[]', '{}', 'default', 0, 'scheduled', 0, 0, 1, 0, 0"
+    with engine.begin() as connection:
+        connection.execute(
+            text(
+                f"INSERT INTO future_jobs_scheduled_job ({columns}, run_at, nominal_at, created_at) "
+                f"VALUES ({values}, '2026-01-01', '2026-01-01', '2026-01-01')"
             )
         )
 

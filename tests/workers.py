@@ -17,6 +17,7 @@ from pathlib import Path
 from sqlalchemy.orm import Session
 
 from future_jobs import Worker, current_job, events
+from tests.processes import LEDGER
 from tests.shop import Letter
 
 ROOT = Path(__file__).parent.parent
@@ -27,13 +28,15 @@ READING = threading.Lock()  # a text stream is for one thread at a time
 class Process:
     """A worker in a process of its own."""
 
-    def __init__(self, url: str, lease: float, *, slots: int = 4, held: bool = False) -> None:
+    def __init__(
+        self, url: str, lease: float, *, slots: int = 4, held: bool = False, ledger: Path | None = None
+    ) -> None:
         self.process = subprocess.Popen(
             [sys.executable, "-m", "tests.workers", url, str(lease), str(slots)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
-            env={**os.environ, "PYTHONPATH": str(ROOT), HELD: "yes" if held else ""},
+            env={**os.environ, "PYTHONPATH": str(ROOT), HELD: "yes" if held else "", LEDGER: str(ledger or "")},
             cwd=ROOT,
         )
         self._watchdog = threading.Timer(120, self.process.kill)  # so that a test fails instead of waiting for ever

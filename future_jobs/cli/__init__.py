@@ -18,6 +18,7 @@ from future_jobs import __version__
 from .base import Main
 from .change import cancel, prune, reschedule, retry, schedule
 from .look import list_, show
+from .queues import queues
 from .run import run
 from .schedules import import_crontab, schedules
 from .setup import db, demo
@@ -75,6 +76,6 @@ def main(ctx: click.Context) -> None:
 
 for _command in (
     *(schedule, reschedule, cancel, retry, import_crontab),
-    *(list_, show, schedules, run, worker, prune, db, demo),
+    *(list_, show, schedules, queues, run, worker, prune, db, demo),
 ):
     main.add_command(_command)

@@ -196,7 +196,13 @@ def show(ctx: click.Context, job_id: int) -> None:
         failed = select(JobFailure).where(JobFailure.job_id == job_id).order_by(JobFailure.id)
         failures = list(scheduler.session.scalars(failed))
         if given.json:
-            given.write({**as_dict(job), "failed_attempts": [as_dict(each) for each in failures]})
+            given.write(
+                {
+                    **as_dict(job),
+                    "why": scheduler.why(job).reason,
+                    "failed_attempts": [as_dict(each) for each in failures],
+                }
+            )
         else:
             _write_job(job, failures, scheduler, given.command)
 
@@ -206,7 +212,7 @@ def _write_job(job: ScheduledJob, failures: Sequence[JobFailure], scheduler: Sch
     status = tidy(str(job.status))
     say(f"{paint(f'Job {job.id}', bold=True)}  {paint(status, fg=COLOURS.get(job.status), bold=True)}")
     say()
-    for line in wrapped(tidy(why(job, failures, now)), min(width(), 100)):
+    for line in wrapped(tidy(why(job, failures, now, waits=str(scheduler.why(job)))), min(width(), 100)):
         say(line)
     if (helpful := remedy(job)) is not None:
         say(f"  {command} {helpful[0]}   {paint(f'# {helpful[1]}', dim=True)}")
@@ -249,6 +255,7 @@ def _fields(job: ScheduledJob, scheduler: Scheduler, now: datetime) -> Iterator[
     )
     yield "unique", job.unique_key and f"{job.unique_key} until {job.unique_until}"
     yield "limit", job.concurrency_key and f"{job.concurrency_limit} at a time of {job.concurrency_key}"
+    yield "rate", job.rate_limit
     yield "rule", None if job.recurring_id is None else f"made by recurring job {job.recurring_id}"
     yield "created", at(job.created_at)
     yield "started", at(job.started_at)

@@ -38,7 +38,7 @@ COLOURS: dict[str, str] = {
     Status.EXPIRED: "magenta",
     Status.CANCELLED: "bright_black",
 }
-HIDDEN = frozenset({"unique_slot"})  # kept by the database for itself
+HIDDEN = frozenset({"unique_slot", "limited", "limited_by"})  # of use to statements only
 
 
 # --- time ---------------------------------------------------------------------------------------------------------
@@ -170,12 +170,12 @@ def _waiting_note(job: ScheduledJob, now: datetime) -> str:
     return when
 
 
-def why(job: ScheduledJob, failures: Sequence[JobFailure], now: datetime) -> str:  # noqa: PLR0911 (one a state)
-    """Return in sentences why a job is in the state it is in."""
+def why(job: ScheduledJob, failures: Sequence[JobFailure], now: datetime, *, waits: str) -> str:  # noqa: PLR0911 (one a state)
+    """Return in sentences why a job is in the state it is in; ``waits`` is why it does not run though it is due."""
     status: str = job.status
     match status:
         case Status.SCHEDULED:
-            return _why_waiting(job, now)
+            return _why_waiting(job, now, waits)
         case Status.RUNNING:
             return _why_running(job, now)
         case Status.COMPLETE:
@@ -205,7 +205,7 @@ def _at(at: datetime | None, now: datetime) -> str:
     return "any time" if at is None else f"{at:%Y-%m-%d %H:%M} UTC, {distance(at, now)}"
 
 
-def _why_waiting(job: ScheduledJob, now: datetime) -> str:
+def _why_waiting(job: ScheduledJob, now: datetime, waits: str) -> str:
     past = ""
     if job.failures:
         past = f"{job.failures} of {job.max_attempts} attempts failed, the last with {last_line(job.error)}. "
@@ -218,7 +218,7 @@ def _why_waiting(job: ScheduledJob, now: datetime) -> str:
         return f"{past}Nothing has run it in time: it is of no use since {late}, and expires at the next run."
     if job.run_at > now:
         return f"{past}It waits until it is due, {distance(job.run_at, now)}."
-    return f"{past}It is due since {span(now - job.run_at)}, and waits for somebody to run what is due."
+    return f"{past}{waits}"
 
 
 def times(count: int) -> str:
