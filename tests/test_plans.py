@@ -97,7 +97,7 @@ LEVELS = QUEUES * PRIORITIES + 1
 
 def of_the_living(connection):
     found = connection.execute(
-        select(ScheduledJob.id, ScheduledJob.attempt).where(ScheduledJob.leased_by == "the living")
+        select(ScheduledJob.id, ScheduledJob.attempt).where(st.RUNNING, ScheduledJob.leased_by == "the living")
     )
     return {Token(*row) for row in found}
 

@@ -566,6 +566,7 @@ def test_jobs_that_were_claimed_by_a_commit_whose_reply_was_lost_go_back(paralle
     session.commit()
     with Worker(parallel, queues={"default": 1}).background() as worker:
         stage.wait_for(lambda: stage.now == 1)
+        worker._crew.leases.stop()  # from here on they are renewed when the test says so
         stray = scheduler.schedule("1h", "tests.workjobs.note")
         session.flush()
         session.execute(
