@@ -154,7 +154,7 @@ class Worker:
                 self._stale_after = 0.0
             elif is_stale:
                 self._look(crew)
-            wishes = [] if self.is_stopping else crew.claims.wishes(self.max_jobs - len(self._held) - self.ran)
+            wishes = [] if self.is_stopping else crew.claims.wishes(self._left())
             claimed = self._settle_and_claim(crew, done, wishes) if done or wishes else 0
         except BaseException:
             crew.outbox.put_back(done)
@@ -186,6 +186,10 @@ class Worker:
     def is_stopping(self) -> bool:
         """Whether it was told to stop, or has run all that it may."""
         return self._deadline < math.inf or self.ran >= self.max_jobs
+
+    def _left(self) -> float:
+        """Return how many more jobs it may take, of the most that it may run."""
+        return self.max_jobs - len(self._held) - self.ran
 
     # --- looking
 
@@ -300,7 +304,7 @@ class Worker:
         if claimed and (isinstance(crew.runner, Here) or any(any(lane.room()) for lane in self.lanes.values())):
             self._stale_after = 0.0  # all that was due is claimed, or run: look what comes next
             return 0.0
-        next_at = crew.claims.next_at()
+        next_at = crew.claims.next_at() if self._left() else None
         return longest if next_at is None else min(longest, max(0.0, (next_at - crew.now()).total_seconds()))
 
     def _wake(self, *_: Any) -> None:
