@@ -307,6 +307,7 @@ class Pass:
                 self.report.cancelled += 1
             case "lost":
                 self.report.lost += 1
+                self.context.requeued.add(ended.row.id)  # it may wait again already
             case "retried":
                 self.report.retried += 1
                 self.context.requeued.add(ended.row.id)
