@@ -56,6 +56,8 @@ ORDER = (
     "runners",
     "crew",
     "sources",
+    "stations",
+    "farm",
     "worker",
     "testing",
     "contrib",
