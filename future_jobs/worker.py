@@ -44,7 +44,7 @@ from .performing import Ended, tell, told
 from .runners import Here, InThreads, Outbox, Runner
 from .scheduler import Scheduler
 from .sessions import InRegistry, Kept
-from .slots import STALL_SECONDS, Threads, lanes_of
+from .slots import STALL_SECONDS, Lane, Threads, lanes_of
 from .sources import described, opened, own_engine, refuse_small_pool, seconds_of
 from .statements import Claimed, Level, Token
 from .stations import Site
@@ -103,7 +103,6 @@ class Worker:
             )
         self.max_jobs = math.inf if max_jobs is None else max_jobs
         self.name = name
-        self.ran = 0
         self.was_hurried = False  # a second signal came
         self.engine, self._make, self._owns_engine = opened(source, connections=sum(self.queues.values()))
         scoped = self._make if isinstance(self._make, scoped_session) else None
@@ -111,6 +110,7 @@ class Worker:
         self.notify = notify and can_listen(self.engine)
         self._around = None if scoped is None else InRegistry(scoped)
         self._given_executor = executor
+        self._has_lost_executor = False  # by a fork: its threads are in the parent
         self._site: Site | None = None
         self._pid = os.getpid()
         if is_single_connection(self.engine):
@@ -136,6 +136,10 @@ class Worker:
             )
         else:
             refuse_small_pool(self.engine, sum(self.queues.values()))
+        self._begin()
+
+    def _begin(self) -> None:
+        self.ran = 0
         self._alarm = wakeups.Alarm()
         self._held: dict[Token, Claimed] = {}
         self._stale_after = 0.0
@@ -147,6 +151,18 @@ class Worker:
         self._closed = threading.Event()
         for lane in self.lanes.values():
             lane.ring = self._alarm.ring
+
+    def _begin_in_child(self) -> None:
+        """Leave to the parent, from which this process was forked, what is its own: connections, jobs, threads."""
+        self._pid = os.getpid()
+        if is_single_connection(self.engine):
+            return
+        self.engine.dispose(close=False)
+        if self._crew is not None:
+            self._crew.units.engine.dispose(close=False)
+            self._has_lost_executor = isinstance(self._given_executor, Executor)
+            self.lanes = {name: Lane(lane.slots, lane.prefetch) for name, lane in self.lanes.items()}
+        self._begin()
 
     # --- the loop
 
@@ -334,6 +350,13 @@ class Worker:
     # --- beginning
 
     def _opened(self) -> Crew:
+        if os.getpid() != self._pid:
+            self._begin_in_child()
+        if self._has_lost_executor:
+            raise NotSupported(
+                "the executor was in use when this process was forked, and its threads are not here; make the worker "
+                "after the fork, or pass a callable that makes the executor"
+            )
         if self._crew is None:
             self._deadline, self._stale_after = math.inf, 0.0
             self._closed.clear()
@@ -344,10 +367,7 @@ class Worker:
 
     def _open(self) -> Crew:
         name = worker_name() if self.name is None else f"{self.name}:{worker_name()}"
-        alone = is_single_connection(self.engine)
-        if not alone and os.getpid() != self._pid:  # forked: the parent's connections are not ours
-            self.engine.dispose(close=False)
-        engine = self.engine if alone else own_engine(self.engine)
+        engine = self.engine if is_single_connection(self.engine) else own_engine(self.engine)
         units = PatientUnits(engine, worker=name, patience=self._patience)
         try:
             units.read(schema.check)
@@ -453,6 +473,8 @@ class Worker:
 
         Returns when the worker has ended; at once if it is called by a job, or by the thread that runs the loop.
         """
+        if os.getpid() != self._pid:
+            self._begin_in_child()
         self._ask_to_stop(seconds_of(timeout, "timeout"))
         if execution.running.get() is not None or self._loop is threading.current_thread():
             return
