@@ -255,6 +255,7 @@ CASES: Mapping[str, Callable[[str, Sizes], Iterator[Result]]] = {
     "worker_exact": workers.exact,
     "backlog": backlog,
     "worker_memory": workers.growth,
+    "unused": workers.unused,
     "pickup": pickup,
     "idle": idle,
     "memory": memory,

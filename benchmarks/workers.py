@@ -15,13 +15,18 @@ from contextlib import ExitStack
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from time import monotonic, sleep
-from typing import IO, Self
+from typing import IO, Self, Unpack
+
+from sqlalchemy import func, select, update
+from sqlalchemy.orm import Session
 
 from benchmarks import jobs
 from benchmarks.databases import Place, fresh
 from benchmarks.measure import Result, compared, interleaved, rate
 from benchmarks.raw import Raw
 from benchmarks.sizes import Sizes
+from future_jobs import ScheduledJob, Scheduler
+from future_jobs.options import JobOptions
 
 POLL_SECONDS = 0.005
 PATIENCE_SECONDS = 300.0
@@ -187,6 +192,67 @@ def backlog(kind: str, sizes: Sizes, *, full: Place, empty: Place) -> Iterator[R
         rates = interleaved(sizes.worker_rounds, _drained(empty, [in_empty], "nothing", count), loaded)
         name = f"worker, {count:,} due among {sizes.rows:,} future + {sizes.rows:,} finished"
         yield compared(name, kind, rates, what="full / empty table", floor=0.8)
+
+
+def unused(kind: str, sizes: Sizes) -> Iterator[Result]:
+    """Jobs without options, alone and among jobs with options that wait; and jobs whose options come to nothing."""
+    count = sizes.worker
+    with (
+        fresh(kind) as plain,
+        fresh(kind) as crowded,
+        fresh(kind) as optional,
+        Process(plain) as alone,
+        Process(crowded) as among,
+        Process(optional) as with_options,
+    ):
+        waiting = _options_that_wait(crowded, sizes.single * 10)
+
+        def beside() -> float:
+            records = crowded.raw.due("nothing", count)
+            return _drain(crowded, [among], count, lambda: crowded.raw.insert_all(records))
+
+        def used() -> float:
+            optional.raw.clear()
+            return _drain(optional, [with_options], count, lambda: _schedule(optional, count, **IDLE_OPTIONS))
+
+        base, crowd, options = interleaved(
+            sizes.worker_rounds, _drained(plain, [alone], "nothing", count), beside, used
+        )
+        name = f"worker, {count:,} jobs without options among {waiting:,} with"
+        yield compared(name, kind, (base, crowd), what="among them / alone", floor=0.9)
+        name = f"worker, {count:,} jobs with options that come to nothing"
+        yield compared(name, kind, (base, options), what="with / without")
+
+
+IDLE_OPTIONS: JobOptions = {
+    "max_attempts": 3,
+    "backoff": "1m",
+    "retry_on": ConnectionError,
+    "timeout": "1h",
+    "tags": ["nightly"],
+}
+
+
+def _options_that_wait(place: Place, count: int) -> int:
+    """Add ``count`` jobs that are due and wait for the key of one that runs, and as many of a queue that is paused."""
+    _schedule(place, count + 1, concurrency_key="taken", priority=1)
+    _schedule(place, count, queue="paused", priority=1)
+    with Session(place.engine) as session:
+        scheduler = Scheduler(session)
+        scheduler.pause_queue("paused")
+        first = session.scalar(select(func.min(ScheduledJob.id)))
+        until = datetime.now(UTC) + timedelta(days=1)
+        values = {"status": "running", "attempt": 1, "leased_by": "somebody else", "leased_until": until}
+        session.execute(update(ScheduledJob).where(ScheduledJob.id == first).values(**values))
+        session.commit()
+    return 2 * count
+
+
+def _schedule(place: Place, count: int, **options: Unpack[JobOptions]) -> None:
+    with Session(place.engine) as session:
+        calls = [{"args": [n]} for n in range(count)]
+        Scheduler(session).schedule_many("0s", jobs.nothing, calls, **options)
+        session.commit()
 
 
 def growth(kind: str, sizes: Sizes) -> Iterator[Result]:

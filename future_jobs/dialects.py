@@ -48,6 +48,7 @@ from sqlalchemy.types import TypeDecorator, TypeEngine
 from .errors import NotSupported
 
 __all__ = [
+    "DRIVERS",
     "TABLE_OPTIONS",
     "Backend",
     "BigKey",
@@ -67,6 +68,9 @@ __all__ = [
     "job_transaction",
     "partial_index",
 ]
+
+DRIVERS = frozenset({"sqlite3", "psycopg", "psycopg_pool", "psycopg2", "pymysql", "MySQLdb", "mysql", "mariadb"})
+"""The packages that speak with a database."""
 
 BigKey = BigInteger().with_variant(Integer(), "sqlite")  # only an INTEGER key is a rowid alias, and so autoincrements
 # TEXT holds 64 KB there, less than a payload may have.
@@ -576,6 +580,24 @@ def configure_sqlite(engine: Engine, *, timeout: timedelta = timedelta(seconds=3
 
     event.listen(engine, "connect", configure)
     return engine
+
+
+MOMENT = 50  # milliseconds
+
+
+@contextmanager
+def impatient(connection: Connection) -> Iterator[None]:
+    """Wait for SQLite's one write lock no longer than a moment meanwhile."""
+    if connection.dialect.name != "sqlite":
+        yield
+        return
+    driver = _driver(connection)
+    usual = driver.execute("PRAGMA busy_timeout").fetchone()[0]
+    driver.execute(f"PRAGMA busy_timeout = {MOMENT}")
+    try:
+        yield
+    finally:
+        driver.execute(f"PRAGMA busy_timeout = {usual}")
 
 
 # --- SQLite: when a transaction begins ----------------------------------------------------------------------------

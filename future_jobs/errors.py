@@ -17,6 +17,8 @@ The tree (the built-in that each one also is, in brackets)::
     ├── PayloadUnreadable    (ValueError)   a stored payload that cannot be decoded
     ├── ObjectMissing        (LookupError)  the object a job is about is gone
     ├── IllegalTransition    (ValueError)   a status change that the table of transitions forbids
+    ├── JobTimeout         (TimeoutError) a handler ran longer than the job's ``timeout``
+    ├── WaitTimeout        (TimeoutError) a job was not finished in the time that `Scheduler.wait` was given
     ├── JobAborted       (RuntimeError) a handler raised SystemExit or the like; raised by ``run_due`` in its place
     ├── NotSupported         (RuntimeError) a database or configuration that cannot work
     ├── DatabaseBusy         (RuntimeError) locked by others for longer than anybody should wait
@@ -43,6 +45,7 @@ __all__ = [
     "InvalidPayload",
     "InvalidTime",
     "JobAborted",
+    "JobTimeout",
     "NotSupported",
     "ObjectMissing",
     "PayloadUnreadable",
@@ -50,6 +53,7 @@ __all__ = [
     "UnknownOption",
     "UnknownRecurring",
     "UsageError",
+    "WaitTimeout",
     "shown",
 ]
 
@@ -157,6 +161,23 @@ class IllegalTransition(FutureJobsError, ValueError):
         super().__init__(f"a job cannot go from {source!r} to {target!r}")
         self.source = source
         self.target = target
+
+
+class JobTimeout(FutureJobsError, TimeoutError):
+    """A handler ran longer than the ``timeout`` of its job, which is here in ``seconds``; the attempt failed."""
+
+    def __init__(self, seconds: float | None = None) -> None:
+        super().__init__("it ran for too long" if seconds is None else f"it ran longer than {seconds:g} s")
+        self.seconds = seconds
+
+
+class WaitTimeout(FutureJobsError, TimeoutError):
+    """A job was not finished in time. ``job_id`` says which, ``status`` what it was doing then."""
+
+    def __init__(self, job_id: int, status: str, timeout: object) -> None:
+        super().__init__(f"job {job_id} is {status} after {timeout}; wait longer, or see why with 'future-jobs show'")
+        self.job_id = job_id
+        self.status = status
 
 
 class JobAborted(FutureJobsError, RuntimeError):

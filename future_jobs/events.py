@@ -2,7 +2,7 @@
 
 The rooms below say *that* something happened; what is done about it (a log line, a counter, a span) is a listener's
 business. An event carries facts as keyword data and never a job's arguments. A listener that raises is logged and
-otherwise ignored: it can break nothing.
+otherwise ignored: it can break nothing. What has to be *around* a job, such as an application context, is a wrapper.
 
 ====================  ==============================================================================================
 event                 data
@@ -17,6 +17,7 @@ event                 data
 ``snoozed``           ``job_id, attempt, callable_name, queue, run_at``
 ``released``          ``job_id, attempt, callable_name, queue, reason``
 ``expired``           ``job_id, callable_name, queue, run_at, expires_at``
+``cancel_requested``  ``job_id`` - a running job was asked to stop
 ``cancelled``         ``job_id, reason``
 ``lost``              ``job_id, attempt, callable_name, queue`` - the attempt's lease was lost; its writes are gone
 ``rescued``           ``job_id, attempt, callable_name, queue, worker, losses`` - taken back from a dead worker
@@ -36,14 +37,28 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from contextlib import suppress
-from typing import Any, Final
+from contextlib import AbstractContextManager, nullcontext, suppress
+from typing import Any, Final, NamedTuple, TypeVar
 
-__all__ = ["EVENTS", "emit", "listen", "unlisten"]
+__all__ = [
+    "EVENTS",
+    "Around",
+    "around_job",
+    "emit",
+    "listen",
+    "log_every_job",
+    "not_around_job",
+    "unlisten",
+    "wrappers",
+]
 
 Listener = Callable[..., None]
+Wrapper = Callable[..., AbstractContextManager[Any]]
+W = TypeVar("W", bound=Wrapper)
 
 logger = logging.getLogger("future_jobs")
+
+MOST_SHOWN = 1_000  # characters of arguments in one line of the log
 
 EVENTS: Final = (
     "scheduled",
@@ -56,6 +71,7 @@ EVENTS: Final = (
     "snoozed",
     "released",
     "expired",
+    "cancel_requested",
     "cancelled",
     "lost",
     "rescued",
@@ -103,6 +119,43 @@ def wanted(event: str) -> bool:
     return bool(_listeners.get(event))
 
 
+# --- around each job ----------------------------------------------------------------------------------------------
+
+
+class Around(NamedTuple):
+    """A wrapper, and whether it is told the arguments of jobs."""
+
+    wrapper: Wrapper
+    arguments: bool
+
+
+_wrappers: tuple[Around, ...] = ()
+
+
+def around_job(wrapper: W, *, arguments: bool = False) -> W:
+    """Enter ``wrapper(**facts)``, a context manager, around every job that this process runs from now on; return it.
+
+    The facts are those of ``claimed`` without the worker: ``job_id, attempt, callable_name, queue``; with ``arguments``
+    also ``args`` and ``kwargs``, as the JSON text that is stored. The first wrapper is the outermost. Each is entered
+    before the arguments are decoded, in the thread of the handler, where `current_job` works. What it raises fails the
+    attempt; what the handler raises passes through it and cannot be swallowed.
+    """
+    global _wrappers  # noqa: PLW0603 (as the listeners: they belong to the process)
+    _wrappers = (*_wrappers, Around(wrapper, arguments))
+    return wrapper
+
+
+def not_around_job(wrapper: Wrapper) -> None:
+    """Enter ``wrapper`` no more; nothing happens if it was none."""
+    global _wrappers  # noqa: PLW0603
+    _wrappers = tuple(each for each in _wrappers if each.wrapper is not wrapper)
+
+
+def wrappers() -> tuple[Around, ...]:
+    """Return what is to be entered around each job, the outermost first."""
+    return _wrappers
+
+
 # --- the log is one listener --------------------------------------------------------------------------------------
 
 _LINES: Final = {
@@ -115,6 +168,7 @@ _LINES: Final = {
     "snoozed": (logging.INFO, "job {job_id} snoozed until {run_at}: {callable_name}"),
     "released": (logging.INFO, "job {job_id} handed back: {callable_name}: {reason}"),
     "expired": (logging.WARNING, "job {job_id} expired at {expires_at}: {callable_name}"),
+    "cancel_requested": (logging.INFO, "job {job_id} was asked to stop"),
     "cancelled": (logging.INFO, "job {job_id} cancelled: {reason}"),
     "lost": (logging.WARNING, "job {job_id} lost its lease, attempt {attempt}: {callable_name}"),
     "rescued": (logging.WARNING, "job {job_id} taken back from {worker}, lost {losses} times: {callable_name}"),
@@ -146,7 +200,20 @@ for _event in _LINES:
         listen(_event, _log(_event))
 
 
-def log_every_job() -> None:
-    """Log claims and completions too. Off by default: at thousands of jobs a second a line each is felt."""
+def log_every_job(*, arguments: bool = False) -> None:
+    """Log claims and completions too. Off by default: at thousands of jobs a second a line each is felt.
+
+    With ``arguments`` those of each job are logged as it starts, which nothing else does: they may be secrets.
+    """
     for event in ("claimed", "completed"):
         listen(event, _log(event))
+    if arguments:
+        around_job(_log_call, arguments=True)
+
+
+def _log_call(*, args: str, kwargs: str, **facts: Any) -> AbstractContextManager[None]:
+    line = "job {job_id} starts, attempt {attempt}: {callable_name} with args={args}, kwargs={kwargs}"
+    if logger.isEnabledFor(logging.INFO):
+        text = line.format(**facts, args=args[:MOST_SHOWN], kwargs=kwargs[:MOST_SHOWN])
+        logger.info("%s", text, extra={"event": "starts", **facts})
+    return nullcontext()

@@ -8,10 +8,11 @@ import json
 import traceback
 from collections.abc import Awaitable, Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from contextvars import ContextVar, copy_context
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timedelta, tzinfo
-from functools import cached_property
+from functools import cached_property, partial
 from time import monotonic
 from types import TracebackType
 from typing import Any
@@ -19,16 +20,18 @@ from typing import Any
 from sqlalchemy.orm import make_transient_to_detached
 from sqlalchemy.orm.attributes import set_committed_value
 
-from . import payloads, retries
+from . import events, payloads, retries
 from .callables import bound_method, invoke, method_name, resolve
 from .dialects import Unreadable, is_away, is_lock_error
 from .errors import ObjectMissing, PayloadUnreadable, shown
+from .interruption import Deadlines, Interrupted, InterruptedAlone, Interruption
 from .lifecycle import Cancelled, Completed, Failed, Failure, Outcome, Released, Retried, Snoozed
-from .models import ScheduledJob, loaded
+from .models import Progress, ScheduledJob, loaded
 from .retries import Cancel, Retry, Snooze
 from .sessions import JobSession
 from .statements import AS_TEXT, Claimed
 from .status import Status
+from .times import parse_duration
 from .times import resolve as resolve_when
 
 __all__ = ["Context", "Running", "current_job", "failed", "run", "running"]
@@ -58,6 +61,9 @@ class Context:
     functions: dict[str, Callable[..., Any]] = field(default_factory=dict)
     asked_to_stop: set[int] = field(default_factory=set)  # jobs cancelled by handlers of this pass
     requeued: set[int] = field(default_factory=set)  # jobs that wait again, for the next pass
+    is_alone: bool = False  # there is one connection, and no other to take its place
+    at_work: set[Running] = field(default_factory=set)  # what runs now, in any thread
+    deadlines: Deadlines = field(default_factory=Deadlines)
 
     def function(self, name: str) -> Callable[..., Any]:
         """Return the callable called ``name``, found once."""
@@ -67,7 +73,11 @@ class Context:
 
 
 class Running:
-    """The job being run, as handlers see it."""
+    """The job being run, as handlers see it, and those who have to tell it something from another thread."""
+
+    is_asked_to_stop = False
+    interruption: Interruption | None = None
+    news: Progress | None = None  # what the handler said of its progress, and is not written yet
 
     def __init__(self, row: Claimed, open_session: Callable[[Claimed], JobSession], context: Context) -> None:
         self.row = row
@@ -90,14 +100,34 @@ class Running:
             decode = name in AS_TEXT and value is not None
             set_committed_value(job, name, json.loads(value) if decode else value)
         set_committed_value(job, "status", Status.RUNNING)
+        job.watched_by(self)
         make_transient_to_detached(job)
         self.work.session.add(job)
         return job
 
+    def ask_to_stop(self) -> None:
+        """Let the handler know that its job was cancelled; one that is a coroutine is cancelled."""
+        self.is_asked_to_stop = True
+        if self.interruption is not None:
+            self.interruption.cancel()
+
+    def tell(self, fraction: float, message: str | None) -> None:
+        """Take note of how far the handler says it is; to be written by others, when they find the time."""
+        self.news = Progress(fraction, message, self.context.time())
+
     def call(self) -> Any:
         """Find the callable, load what it is about, and call it; return what it returns, awaited if need be."""
+        limit = _check_readable(self.row).get("timeout")
+        if limit is None:
+            return self._call()
+        duration = parse_duration(limit, argument="timeout")
+        if not isinstance(duration, timedelta):
+            raise PayloadUnreadable(f"timeout is {shown(limit)}; an exact duration is needed")
+        self.interruption = Interruption(InterruptedAlone if self.context.is_alone else Interrupted)
+        return self.interruption.limit(self._call, duration.total_seconds(), self.context.deadlines)
+
+    def _call(self) -> Any:
         row, context = self.row, self.context
-        _check_readable(row)
         args, kwargs = self._arguments()
         leading: list[Any] = []
         if row.content_type is None:
@@ -108,7 +138,7 @@ class Running:
             )
             function, leading = self._bound(content)
         result = invoke(function, args, kwargs, leading=leading, supply=self._supply)
-        return _awaited(result) if result is not None and inspect.isawaitable(result) else result
+        return self._awaited(result) if result is not None and inspect.isawaitable(result) else result
 
     def _arguments(self) -> tuple[list[Any], dict[str, Any]]:
         args = payloads.decode(self.row.args, load=self._load, permit=self.context.check_class)
@@ -133,28 +163,34 @@ class Running:
     def _load(self, cls: type, identity: tuple[Any, ...]) -> Any:
         return loaded(self.work.session, cls, identity, required=_options(self.row).get("missing") != "none")
 
+    def _awaited(self, result: Awaitable[Any]) -> Any:
+        self.interruption = interruption = self.interruption or Interruption()
+        interruption.hand_over()
 
-def _awaited(result: Awaitable[Any]) -> Any:
-    async def wait() -> Any:
-        return await result
+        async def wait() -> Any:
+            task = asyncio.current_task()
+            assert task is not None
+            interruption.follow(asyncio.get_running_loop(), task, is_asked=self.is_asked_to_stop)
+            return await result
 
-    try:
-        asyncio.get_running_loop()
-    except RuntimeError:
-        return asyncio.run(wait())
-    # Inside a running loop (a notebook, an ASGI endpoint) no other can run in this thread, which waits for it anyway.
-    with ThreadPoolExecutor(1) as thread:
-        return thread.submit(copy_context().run, asyncio.run, wait()).result()
+        try:
+            asyncio.get_running_loop()
+        except RuntimeError:
+            return asyncio.run(wait())
+        # Inside a running loop (a notebook, an ASGI endpoint) no other can run in this thread, which waits for it
+        # anyway.
+        with ThreadPoolExecutor(1) as thread:
+            return thread.submit(copy_context().run, asyncio.run, wait()).result()
 
 
-def _check_readable(row: Claimed) -> None:
+def _check_readable(row: Claimed) -> Mapping[str, Any]:
     if not (type(row.run_at) is type(row.nominal_at) is type(row.created_at) is datetime) or isinstance(
         row.expires_at, Unreadable
     ):
         times = {name: getattr(row, name) for name in ("run_at", "nominal_at", "expires_at", "created_at")}
         wrong = {name: value.text for name, value in times.items() if isinstance(value, Unreadable)}
         raise PayloadUnreadable(f"the row holds what is no time: {shown(wrong)}")
-    _options(row)
+    return _options(row)
 
 
 def _options(row: Claimed) -> Mapping[str, Any]:
@@ -191,17 +227,37 @@ def run(this: Running) -> Outcome:
     """
     context = this.context
     token = running.set(this)
+    context.at_work.add(this)
     try:
-        result = this.call() if context.around is None else context.around(this.work, this.call)
+        call = partial(_wrapped, this) if events.wrappers() else this.call
+        result = call() if context.around is None else context.around(this.work, call)
         if this.opened is not None:
             this.opened.flush()
         return _COMPLETED if result is None else _returned(this, result)
     except BaseException as error:
         if context.is_interrupted and isinstance(error, KeyboardInterrupt):
             raise
+        if this.is_asked_to_stop and isinstance(error, asyncio.CancelledError):
+            return Cancelled("asked to stop")
         return failed(this.row, error, context)
     finally:
+        context.at_work.discard(this)
         running.reset(token)
+
+
+def _wrapped(this: Running) -> Any:
+    row = this.row
+    facts = {"job_id": row.id, "attempt": row.attempt, "callable_name": row.callable_name, "queue": row.queue}
+    with ExitStack() as stack:
+        try:
+            for wrapper, arguments in events.wrappers():
+                told = {**facts, "args": row.args, "kwargs": row.kwargs} if arguments else facts
+                stack.enter_context(wrapper(**told))
+            return this.call()
+        except BaseException as error:
+            swallowed = error
+            raise
+    raise swallowed  # by a wrapper, which is not the one to say that the job went well
 
 
 def _returned(this: Running, result: Any) -> Outcome:

@@ -231,7 +231,7 @@ class Farm:
             self._outbox.lost_track.append(row.token)
             tell("rescued", row, attempt=row.attempt, worker=self._worker, losses=row.losses + 1)
             if status is Status.CANCELLED:
-                tell("cancelled", row, attempt=row.attempt, reason="another job has the same unique_key")
+                tell("cancelled", row, attempt=row.attempt, reason=lifecycle.TAKEN)
             if status is Status.FAILED:
                 tell("failed", row, attempt=row.attempt, seconds=0.0, error_type="WorkerLost", error="worker lost")
 
@@ -281,8 +281,9 @@ class Farm:
     ) -> tuple[list[Ended], list[tuple[Lane, Claimed, Token]], list[tuple[Claimed, Status]]]:
         # What holds its job no more has written how it ended before its process died.
         others = statements.holds(connection, [row.token for row in fates.others])
-        others -= lifecycle.release_all(connection, others)
-        suspects = [(lane, row, lifecycle.restart(connection, row.token)) for lane, row in fates.suspects]
+        others -= set(lifecycle.release_all(connection, others))
+        now = self._context.time()
+        suspects = [(lane, row, lifecycle.restart(connection, row.token, now=now)) for lane, row in fates.suspects]
         culprits = [(row, self._charge(connection, row)) for row in fates.culprits]
         released = Released("the process that should run it is gone")
         gone = [
@@ -300,12 +301,15 @@ class Farm:
         )
 
     def _charge(self, connection: Connection, row: Claimed) -> Status | None:
+        now = self._context.time()
+        if lifecycle.deliver_cancel(connection, row.token, now=now):
+            return None
         return lifecycle.lose(
             connection,
             row,
             worker=self._worker,
             why=f"worker lost: a process in which {self._worker} ran nothing else died",
-            now=self._context.time(),
+            now=now,
             delay=self._lease * random.uniform(0, 1 / 8),  # noqa: S311 (as after a rescue)
         )
 

@@ -1,9 +1,11 @@
 """What keeps a worker's jobs its own while it lives, and gives them to others when it does not.
 
 A thread of its own renews the leases of all that the worker holds, each quarter of a lease, by one UPDATE, and watches
-the leases of others. A job is taken back when its lease is over by the database's clock, *and* nobody has touched it
-for a whole lease on the watcher's own monotonic clock. So a clock that jumps takes nothing from the living. The thread
+the leases of others. In between it attends to the jobs that run: were they asked to stop, how far are they? The thread
 also keeps the row that tells others that the worker is there.
+
+A job is taken back when its lease is over by the database's clock, *and* nobody has touched it for a whole lease on the
+watcher's own monotonic clock. So a clock that jumps takes nothing from the living.
 """
 
 from __future__ import annotations
@@ -19,14 +21,15 @@ from time import monotonic
 from sqlalchemy.engine import Connection
 
 from . import events, lifecycle, limit_statements, statements
-from .performing import tell
+from .performing import ATTEND_SECONDS, tell_rescued
 from .statements import Token
-from .status import Status
 from .units import Units
+from .wakeups import Alarm
 
 __all__ = ["Leases"]
 
 MOST_WATCHED = 5_000
+RING_SECONDS = 0.05  # what calls meanwhile is answered together
 
 
 class Leases:
@@ -41,6 +44,7 @@ class Leases:
         time: Callable[[], datetime],
         held: Callable[[], set[Token]],
         queues: Mapping[str, int],
+        attend: Callable[[], None],
     ) -> None:
         self.units = units
         self.worker = worker
@@ -48,9 +52,11 @@ class Leases:
         self._time = time
         self._held = held
         self._queues = dict(queues)
+        self._attend = attend
         self._started_at: datetime | None = None
         self._strays: set[Token] = set()
         self._watched: dict[tuple[Token, datetime | None], float] = {}
+        self._alarm = Alarm()
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._run, name="future_jobs leases", daemon=True)
 
@@ -62,9 +68,14 @@ class Leases:
         """Begin to renew and to watch, in a thread that no busy job can starve."""
         self._thread.start()
 
+    def ring(self) -> None:
+        """Attend to what runs now, since somebody may have asked it to stop."""
+        self._alarm.ring(RING_SECONDS)
+
     def stop(self) -> None:
         """Return once nothing is renewed any more."""
         self._over.set()
+        self._alarm.ring()
         if self._thread.is_alive():
             self._thread.join(timeout=5)  # it may be waiting for a database that is away
         if self._started_at is not None:
@@ -75,15 +86,20 @@ class Leases:
 
     def _run(self) -> None:
         pause = self.lease.total_seconds() / 4
+        renew_at = 0.0
         while not self._over.is_set():
             began = monotonic()
-            for step in (self.appear, self.renew, self.watch):
+            steps = [self._attend]
+            if began >= renew_at:
+                steps, renew_at = [self.appear, self.renew, self.watch, self._attend], began + pause
+            for step in steps:
                 try:
                     step()
                 except Exception:
                     if not self._over.is_set():
                         events.logger.exception("the leases of %s: %s failed", self.worker, step.__name__)
-            self._over.wait(max(0.0, pause - (monotonic() - began)))
+            now = monotonic()
+            self._alarm.sleep(max(0.0, min(renew_at - now, began + ATTEND_SECONDS - now)))
 
     def appear(self) -> None:
         """Say that the worker is alive, and forget those that have not said so for long."""
@@ -147,8 +163,4 @@ class Leases:
             lambda connection: lifecycle.rescue(connection, now=now, grace=timedelta(0), watched=over, delay=delay)
         )
         for row, status in rescued:
-            tell("rescued", row, attempt=row.attempt, worker=row.leased_by, losses=row.losses + 1)
-            if status is Status.CANCELLED:
-                tell("cancelled", row, attempt=row.attempt, reason="another job has the same unique_key")
-            if status is Status.FAILED:
-                tell("failed", row, attempt=row.attempt, seconds=0.0, error_type="WorkerLost", error="worker lost")
+            tell_rescued(row, status)

@@ -46,6 +46,7 @@ __all__ = [
 ]
 
 MAX_LOSSES = 5
+ASKED, TAKEN = "asked to stop", "another job has the same unique_key"  # why a job was cancelled
 SWEEP = 500  # rows looked at in one statement
 
 
@@ -195,11 +196,17 @@ def _move(
     connection: Connection, token: Token, target: Status, values: Mapping[str, Any], *, now: datetime
 ) -> Status | None:
     check(Status.RUNNING, target)
+    # A job that was asked to stop does not go back to waiting, and has not failed by doing so.
     if target is Status.SCHEDULED:
-        ended = _wait_again(connection, token, values, statements.NOT_ASKED_TO_STOP, finished_at=now)
-        return ended or (Status.CANCELLED if deliver_cancel(connection, token, now=now) else None)
-    held = statements.move(connection, token, Status.RUNNING, {"status": target, **_FREE, **values})
-    return target if held else None
+        held = _wait_again(connection, token, values, statements.NOT_ASKED_TO_STOP, finished_at=now)
+    else:
+        conditions = [statements.NOT_ASKED_TO_STOP] if target is Status.FAILED else []
+        written = {"status": target, **_FREE, **values}
+        held = target if statements.move(connection, token, Status.RUNNING, written, *conditions) else None
+    may_be_asked = held is None and target in {Status.SCHEDULED, Status.FAILED}
+    if may_be_asked and deliver_cancel(connection, token, now=now, error=values.get("error")):
+        return Status.CANCELLED
+    return held
 
 
 def _wait_again(
@@ -231,7 +238,7 @@ def _wait_again(
         "status": Status.CANCELLED,
         "finished_at": finished_at,
         **_FREE,
-        "error": f"job {other.id} has the same unique_key" if other else "another job has the same unique_key",
+        "error": f"job {other.id} has the same unique_key" if other else TAKEN,
     }
     return Status.CANCELLED if statements.move(connection, token, Status.RUNNING, ended) else None
 
@@ -239,9 +246,10 @@ def _wait_again(
 _CHARGES = ("failures", "losses")
 
 
-def why_cancelled(connection: Connection, job_id: int) -> str:
-    """Return why a job was cancelled that would otherwise have waited again."""
-    return statements.error_of(connection, job_id) or "asked to stop"
+def why_cancelled(connection: Connection, job_id: int, outcome: Outcome) -> str:
+    """Return why a job was cancelled that would otherwise have ended by ``outcome``."""
+    reason, failure = statements.error_of(connection, job_id), getattr(outcome, "failure", None)
+    return ASKED if reason is None or (failure and reason == failure.traceback) else reason
 
 
 def overrule(connection: Connection, token: Token, outcome: Outcome, *, now: datetime, worker: str) -> Status:
@@ -256,7 +264,7 @@ def overrule(connection: Connection, token: Token, outcome: Outcome, *, now: dat
         values |= {"failures": statements.ONE_MORE_FAILURE, "error": failure.traceback}
     if not _force(connection, token.id, values):
         target = Status.CANCELLED
-        values = {"finished_at": now, **values, "status": target, "error": "another job has the same unique_key"}
+        values = {"finished_at": now, **values, "status": target, "error": TAKEN}
         statements.force(connection, token.id, values)
     if failure is not None and statements.state(connection, token.id) is not None:
         _note(connection, token, failure, now=now, worker=worker)
@@ -271,10 +279,12 @@ def _force(connection: Connection, job_id: int, values: Mapping[str, Any]) -> bo
     return False
 
 
-def deliver_cancel(connection: Connection, token: Token, *, now: datetime) -> bool:
-    """End a running job that was asked to stop; tell whether it was asked."""
+def deliver_cancel(
+    connection: Connection, token: Token, *, now: datetime | ColumnElement[Any], error: str | None = None
+) -> bool:
+    """End a running job that was asked to stop; tell whether it was asked. ``error`` is what it raised thereupon."""
     check(Status.RUNNING, Status.CANCELLED)
-    values = {"status": Status.CANCELLED, "finished_at": now, **_FREE}
+    values = {"status": Status.CANCELLED, "finished_at": now, "error": error, **_FREE}
     return statements.move(connection, token, Status.RUNNING, values, statements.ASKED_TO_STOP)
 
 
@@ -299,21 +309,25 @@ def _remove_all(connection: Connection, tokens: AbstractSet[Token]) -> set[Token
     return set(tokens) - held
 
 
-def release_all(connection: Connection, tokens: Iterable[Token]) -> set[Token]:
+def release_all(connection: Connection, tokens: Iterable[Token]) -> dict[Token, str]:
     """Hand back claimed jobs that were not started: they wait again as if never taken, and nothing is charged.
 
-    Returns those that were cancelled instead, because another waits with the key that they gave up.
+    Returns those that were cancelled instead, and why: they were asked to stop, or gave up a key that another has now.
     """
     check(Status.RUNNING, Status.SCHEDULED)
     values = {"status": Status.SCHEDULED, "started_at": None, **_FREE}
-    wanted = [*tokens]
-    if bulk.move_all(connection, wanted, values, statements.KEEPS_ITS_KEY) == len(wanted):
-        return set()
-    return {
-        token
-        for token in sorted(statements.holds(connection, wanted))
-        if _wait_again(connection, token, {"started_at": None}, finished_at=statements.J.started_at) is Status.CANCELLED
-    }
+    wanted, free = [*tokens], (statements.KEEPS_ITS_KEY, statements.NOT_ASKED_TO_STOP)
+    if bulk.move_all(connection, wanted, values, *free) == len(wanted):
+        return {}
+    gone = {}
+    for token in sorted(statements.holds(connection, wanted)):
+        if deliver_cancel(connection, token, now=statements.J.cancel_requested_at):
+            gone[token] = ASKED
+            continue
+        ended = _wait_again(connection, token, {"started_at": None}, finished_at=statements.J.started_at)
+        if ended is Status.CANCELLED:
+            gone[token] = TAKEN
+    return gone
 
 
 # --- jobs that wait -----------------------------------------------------------------------------------------------
@@ -341,9 +355,9 @@ def rescue(
     """Take back jobs whose worker has not renewed its lease for ``grace`` after it ended.
 
     Each has lost one attempt and waits again: in its old place, ahead of what became due meanwhile; one that was lost
-    before from ``delay`` after ``now``. After `MAX_LOSSES` it is ``failed``, and ``cancelled`` if another waits with
-    the key that it gave up. Only leases in ``watched``, if that is given. Returns the rows as they were and the state
-    they are in now.
+    before from ``delay`` after ``now``. After `MAX_LOSSES` it is ``failed``. It is ``cancelled`` if it was asked to
+    stop, or if another waits with the key that it gave up. Only leases in ``watched``, if that is given. Returns the
+    rows as they were and the state they are in now.
     """
     taken = []
     for row in statements.abandoned(connection, before=now - grace, limit=SWEEP):
@@ -355,7 +369,8 @@ def rescue(
             statements.J.leased_until == row.leased_until if row.leased_until else statements.J.leased_until.is_(None)
         )
         why = f"worker lost: {row.leased_by} stopped renewing its lease"
-        ended = lose(connection, row, same, worker=row.leased_by, why=why, now=now, delay=delay)
+        is_asked = row.cancel_requested_at is not None
+        ended = lose(connection, row, same, worker=row.leased_by, why=why, now=now, delay=delay, is_asked=is_asked)
         if ended is not None:
             taken.append((row, ended))
     return taken
@@ -369,13 +384,16 @@ def lose(
     why: str,
     now: datetime,
     delay: timedelta = timedelta(0),
+    is_asked: bool = False,
 ) -> Status | None:
     """Charge a running job with the loss of an attempt, as `rescue` does; return the state that it is in now.
 
-    None if the attempt no longer held it.
+    None if the attempt no longer held it. ``is_asked``: it was asked to stop.
     """
     token, lost = Token(row.id, row.attempt), Failure("WorkerLost", "worker lost", why)
     target = Status.FAILED if row.losses + 1 >= MAX_LOSSES else Status.SCHEDULED
+    if is_asked:
+        target = Status.CANCELLED
     check(Status.RUNNING, target)
     values = {"losses": statements.J.losses + 1, "error": lost.traceback}
     if target is Status.SCHEDULED:
@@ -389,37 +407,41 @@ def lose(
     return ended
 
 
-def restart(connection: Connection, token: Token) -> Token | None:
+def restart(connection: Connection, token: Token, *, now: datetime) -> Token | None:
     """Give a running job another attempt where it is; return that, None if ``token`` held the job no more.
 
-    Whoever still runs the attempt before can write nothing any more. Nothing is charged.
+    Whoever still runs the attempt before can write nothing any more. Nothing is charged. A job that was asked to stop
+    is cancelled instead.
     """
     another = {"attempt": statements.ONE_MORE_ATTEMPT}
-    return Token(token.id, token.attempt + 1) if statements.move(connection, token, Status.RUNNING, another) else None
+    if statements.move(connection, token, Status.RUNNING, another, statements.NOT_ASKED_TO_STOP):
+        return Token(token.id, token.attempt + 1)
+    deliver_cancel(connection, token, now=now)
+    return None
 
 
 # --- by hand ------------------------------------------------------------------------------------------------------
 
 
-def cancel(connection: Connection, job_id: int, *, now: datetime) -> bool:
-    """Cancel a waiting job, or ask a running one to stop; tell whether this call did."""
+def cancel(connection: Connection, job_id: int, *, now: datetime) -> Status | None:
+    """Cancel a waiting job, or ask a running one to stop; return the state it was in, None if this call did neither."""
     check(Status.SCHEDULED, Status.CANCELLED)
     for _ in range(3):  # it may be claimed, or settled, between looking and writing
         found = statements.state(connection, job_id)
         if found is None:
-            return False
+            return None
         token = Token(job_id, found[0])
         if found[1] == Status.SCHEDULED:
             values = {"status": Status.CANCELLED, "finished_at": now}
             if statements.move(connection, token, Status.SCHEDULED, values):
-                return True
+                return Status.SCHEDULED
         elif found[1] == Status.RUNNING:
             asked = {"cancel_requested_at": now}
             if statements.move(connection, token, Status.RUNNING, asked, statements.NOT_ASKED_TO_STOP):
-                return True
+                return Status.RUNNING
         else:
-            return False
-    return False
+            return None
+    return None
 
 
 def revive(connection: Connection, job_id: int, *, run_at: datetime, expires_at: datetime | None) -> bool:

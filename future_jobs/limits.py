@@ -9,6 +9,7 @@ a job, or takes it back from a worker that died, frees its place.
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Iterable
 from contextlib import suppress
@@ -44,8 +45,8 @@ class _Place:
     seen: list[Waiting] = field(default_factory=list)
     full: dict[str | None, tuple[Waiting, datetime | None]] = field(default_factory=dict)  # until when, if one can know
     is_through: bool = False
-    began: float = field(default_factory=monotonic)
-    again_at: float = 0.0
+    cost: float = 0.0  # seconds that the looks have taken
+    again_at: float = math.inf  # when to look from the beginning again, set when all was seen once
 
     @property
     def open(self) -> list[Waiting]:
@@ -69,7 +70,7 @@ class Limits:
         """
         at = at or now
         place = self._places.get(level[:2])
-        if place is None or (place.is_through and monotonic() >= place.again_at):
+        if place is None or monotonic() >= place.again_at:
             place = self._places[level[:2]] = _Place((level.first_at, 0))
         place.full = _full(connection, [*(row for row, _ in place.full.values()), *place.open[:WINDOW]], at)
         began, place.is_through = monotonic(), False
@@ -85,10 +86,12 @@ class Limits:
                 _trim(place)
             if len(rows) < WINDOW:
                 place.is_through = True
-                place.again_at = monotonic() + self._patience * (monotonic() - place.began)
                 break
             if monotonic() - began > LOOK_SECONDS:
                 break
+        place.cost += monotonic() - began
+        if place.is_through and place.again_at == math.inf:
+            place.again_at = monotonic() + self._patience * place.cost
         if place.open:
             return place.open[0].run_at, True
         return min((until for _, until in place.full.values() if until), default=None), place.is_through

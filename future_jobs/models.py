@@ -10,9 +10,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from datetime import datetime, timedelta
 from functools import partial
-from typing import TYPE_CHECKING, Any, Unpack, cast
+from math import isnan
+from typing import TYPE_CHECKING, Any, Protocol, Unpack, cast
 
 from sqlalchemy import Computed, Double, ForeignKey, Index, Integer, MetaData, SmallInteger, String
 from sqlalchemy.engine import Dialect
@@ -32,7 +34,7 @@ from .dialects import (
     concurrency_index,
     partial_index,
 )
-from .errors import ObjectMissing, UsageError
+from .errors import InvalidArgument, ObjectMissing, UsageError, shown
 from .status import Status
 
 if TYPE_CHECKING:
@@ -44,6 +46,7 @@ __all__ = [
     "Base",
     "JobFailure",
     "Limit",
+    "Progress",
     "Queue",
     "RecurringJob",
     "RunningWorker",
@@ -52,6 +55,9 @@ __all__ = [
 ]
 
 SCHEDULER = "future_jobs.scheduler"  # where a Session's info keeps its Scheduler
+
+MESSAGE_LENGTH = 500  # of what a handler says of its progress
+_RUN = "_run"  # where the object of a running job keeps who runs it
 
 NAMING = {
     "pk": "pk_%(table_name)s",
@@ -95,6 +101,44 @@ class StatusText(TypeDecorator[Status]):
             return cast("Status", value)
 
 
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """How far a handler has said that it is: ``fraction`` from 0 to 1, a ``message`` or None, and when."""
+
+    fraction: float
+    message: str | None
+    at: datetime
+
+
+class ProgressText(JSONText):
+    """A `Progress` as JSON. What is none, in a row edited by hand, comes back as it is."""
+
+    cache_ok = True
+
+    def process_bind_param(self, value: Progress | None, dialect: Dialect) -> str | None:
+        """Encode."""
+        if not isinstance(value, Progress):
+            return super().process_bind_param(value, dialect)
+        return json.dumps({"fraction": value.fraction, "message": value.message, "at": value.at.isoformat()})
+
+    def process_result_value(self, value: str | None, dialect: Dialect) -> Any:
+        """Decode."""
+        found = super().process_result_value(value, dialect)
+        try:
+            return None if found is None else Progress(**{**found, "at": datetime.fromisoformat(found["at"])})
+        except (TypeError, KeyError, ValueError):
+            return found
+
+
+class Watched(Protocol):
+    """A run of a job, as the job itself sees it."""
+
+    is_asked_to_stop: bool
+
+    def tell(self, fraction: float, message: str | None) -> None:
+        """Take note of the progress of the handler."""
+
+
 class ScheduledJob(Base):
     """One call to make: what, when, for how long it makes sense, and how it went.
 
@@ -136,7 +180,7 @@ class ScheduledJob(Base):
     finished_at: Mapped[datetime | None] = mapped_column(UTCDateTime)
     return_value: Mapped[Any] = mapped_column(JSONText, nullable=True)
     error: Mapped[str | None] = mapped_column(LongText)
-    progress: Mapped[Any] = mapped_column(JSONText, nullable=True)
+    latest_progress: Mapped[Any] = mapped_column("progress", ProgressText, nullable=True)  # a `Progress`
 
     unique_key: Mapped[str | None] = mapped_column(String(255))
     unique_until: Mapped[str | None] = mapped_column(String(8))
@@ -218,6 +262,41 @@ class ScheduledJob(Base):
         from future_jobs import Scheduler  # noqa: PLC0415 (the public face, resolved late: this room is above it)
 
         return Scheduler.of(self.session).reschedule(self, when, args=args, kwargs=kwargs, **options)
+
+    @property
+    def cancel_requested(self) -> bool:
+        """Whether it was asked to stop.
+
+        Of the job that is running here this asks no database and may be looked at as often as one likes, from any
+        thread. Of any other it is what was last read.
+        """
+        run: Watched | None = self.__dict__.get(_RUN)
+        return self.cancel_requested_at is not None if run is None else run.is_asked_to_stop
+
+    def progress(self, fraction: float, message: str | None = None) -> None:
+        """Say, in its handler, how far the job is: from 0 to 1, and in words.
+
+        This only takes note. It is written beside the job's transaction, within about a second and at the end, to
+        `latest_progress`; where that is not possible it is left out. Below 0 is 0 and above 1 is 1.
+        """
+        run: Watched | None = self.__dict__.get(_RUN)
+        if run is None:
+            raise UsageError("this job is not running here; its handler may tell progress, by current_job().progress()")
+        if not isinstance(fraction, int | float) or isnan(fraction):
+            raise InvalidArgument(
+                f"fraction is {shown(fraction)}; pass a number from 0 to 1", argument="fraction", value=fraction
+            )
+        if not isinstance(message, str | None):
+            raise InvalidArgument(f"message is {shown(message)}; pass text", argument="message", value=message)
+        text = None if message is None else payloads.sanitise(message, MESSAGE_LENGTH)
+        run.tell(min(1.0, max(0.0, float(fraction))), text)
+
+    def watched_by(self, run: Watched) -> None:
+        """Let ``run`` answer what only a run can know."""
+        self.__dict__[_RUN] = run
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name != _RUN}
 
     @property
     def _load(self) -> Callable[[type, tuple[Any, ...]], Any]:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
+from datetime import timedelta
 from difflib import get_close_matches
 from typing import Any, Literal, TypedDict
 
 from .errors import InvalidArgument, InvalidOption, UnknownOption, shown
 from .rates import parse_rate
 from .retries import BackoffOption, dump_backoff, dump_exceptions
-from .times import When
+from .times import When, parse_duration
 
 __all__ = [
     "MAX_PRIORITY",
@@ -45,6 +46,7 @@ class JobOptions(TypedDict, total=False):
     backoff: BackoffOption | None
     retry_on: Exceptions
     discard_on: Exceptions
+    timeout: str | timedelta | None
     transaction: Literal["job", "own"]
     missing: Literal["fail", "discard", "none"]
     concurrency_key: str | None
@@ -123,7 +125,14 @@ def unique_columns(options: Mapping[str, Any], *, given: Mapping[str, Any]) -> d
     return {}
 
 
-_RUN = {"backoff": None, "retry_on": None, "discard_on": None, "transaction": "job", "missing": "fail"}
+_RUN = {
+    "backoff": None,
+    "retry_on": None,
+    "discard_on": None,
+    "timeout": None,
+    "transaction": "job",
+    "missing": "fail",
+}
 
 
 def _unknown(name: str) -> UnknownOption:
@@ -162,6 +171,23 @@ def _is_control(character: str) -> bool:
     return unicodedata.category(character) in {"Cc", "Cs", "Cn"}
 
 
+def _timeout(name: str, value: Any) -> str | None:
+    if value is None:
+        return None
+    if not isinstance(value, str | timedelta):
+        raise InvalidArgument(
+            f"{name} is {shown(value)}; pass a duration such as '30s', or None", argument=name, value=value
+        )
+    duration = parse_duration(value, argument=name) if isinstance(value, str) else value
+    if not isinstance(duration, timedelta) or duration <= timedelta(0):
+        raise InvalidOption(
+            f"{name} is {shown(value)}; use an exact duration above zero, such as '30s' or '2h'",
+            argument=name,
+            value=value,
+        )
+    return f"{duration.total_seconds():f}s" if isinstance(value, timedelta) else value
+
+
 def _one_of(*choices: str) -> Any:
     def check(name: str, value: Any) -> str:
         if not isinstance(value, str) or value not in choices:
@@ -193,6 +219,7 @@ _CHECKS = {
     "backoff": lambda name, value: dump_backoff(value),  # noqa: ARG005
     "retry_on": lambda name, value: dump_exceptions(value, name),
     "discard_on": lambda name, value: dump_exceptions(value, name),
+    "timeout": _timeout,
     "transaction": _one_of("job", "own"),
     "missing": _one_of("fail", "discard", "none"),
     "unique_key": lambda name, value: None if value is None else checked_word(name, value, MAX_UNIQUE_KEY),

@@ -27,10 +27,9 @@ from . import events, execution, lifecycle, limit_statements, statements, ticks
 from .errors import JobAborted
 from .lifecycle import Failed
 from .limits import Limits
-from .performing import Ended, Performer, tell, told
+from .performing import ATTEND_SECONDS, Ended, Performer, tell, tell_released, tell_rescued, told
 from .sessions import JobSession
 from .statements import Claimed, Level
-from .status import Status
 from .times import utc_now
 from .units import Units
 
@@ -161,11 +160,7 @@ class Pass:
         while self.units.read(lambda connection: statements.is_any_abandoned(connection, before=before)):
             rescued = self.units.write(lambda connection: lifecycle.rescue(connection, now=self._time(), grace=LEASE))
             for row, status in rescued:
-                tell("rescued", row, attempt=row.attempt, worker=row.leased_by, losses=row.losses + 1)
-                if status is Status.CANCELLED:
-                    tell("cancelled", row, attempt=row.attempt, reason="another job has the same unique_key")
-                if status is Status.FAILED:
-                    tell("failed", row, attempt=row.attempt, seconds=0.0, error_type="WorkerLost", error="worker lost")
+                tell_rescued(row, status)
             if not rescued:
                 return  # somebody else is at it
 
@@ -313,6 +308,7 @@ class Pass:
                 self.report.cancelled += 1
             case "lost":
                 self.report.lost += 1
+                self.context.requeued.add(ended.row.id)  # it may wait again already
             case "retried":
                 self.report.retried += 1
                 self.context.requeued.add(ended.row.id)
@@ -343,11 +339,7 @@ class Pass:
     def _release(self, rows: Iterable[Claimed], reason: str) -> None:
         tokens = [row.token for row in rows]
         gone = self.units.write(lambda connection: lifecycle.release_all(connection, tokens))
-        for row in rows:
-            if row.token in gone:
-                tell("cancelled", row, attempt=row.attempt, reason="another job has the same unique_key")
-            else:
-                tell("released", row, attempt=row.attempt, reason=reason)
+        tell_released(rows, reason, gone)
 
     # --- time
 
@@ -360,16 +352,22 @@ class Pass:
 
     @contextmanager
     def _renewal(self) -> Iterator[None]:
-        """Keep the lease of what this pass holds, from a thread that a busy handler cannot starve."""
+        """Keep the lease of what this pass holds, and attend to it, from a thread that no busy handler can starve."""
         if self.units.is_alone or not self._groups:
             yield
             return
         stop = threading.Event()
 
         def renew() -> None:
-            while not stop.wait(LEASE.total_seconds() / 4):
+            renew_at = monotonic() + LEASE.total_seconds() / 4
+            while not stop.wait(ATTEND_SECONDS):
                 try:
-                    self.units.write(lambda connection: statements.renew(connection, self.worker, self._lease_end()))
+                    if monotonic() >= renew_at:
+                        self.units.write(
+                            lambda connection: statements.renew(connection, self.worker, self._lease_end())
+                        )
+                        renew_at = monotonic() + LEASE.total_seconds() / 4
+                    self.performer.attend()
                 except Exception:
                     events.logger.exception("the leases of %s could not be renewed", self.worker)
 

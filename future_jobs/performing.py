@@ -6,7 +6,8 @@ left to the caller, who writes many of them at once; every other outcome is writ
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from itertools import count
@@ -14,10 +15,11 @@ from time import monotonic
 from typing import Any, NamedTuple
 
 from sqlalchemy.engine import Connection
-from sqlalchemy.exc import DBAPIError
+from sqlalchemy.exc import DBAPIError, SQLAlchemyError
 
 from . import events, execution, lifecycle, statements
 from .dialects import is_disconnect, is_lock_error
+from .errors import DatabaseBusy
 from .execution import Running
 from .lifecycle import Cancelled, Completed, Failed, Failure, Outcome, Released, Retried, Snoozed
 from .sessions import JobSession
@@ -25,8 +27,9 @@ from .statements import Claimed, Token
 from .status import Status
 from .units import Units, pause
 
-__all__ = ["Ended", "Performer", "recalled", "tell", "told"]
+__all__ = ["ATTEND_SECONDS", "Ended", "Performer", "recalled", "tell", "tell_released", "tell_rescued", "told"]
 
+ATTEND_SECONDS = 1.0  # from one `Performer.attend` to the next, if nothing calls for it
 TRIES_WHEN_LOCKED = 10
 SECONDS_WHEN_LOCKED = 15.0  # no other try begins after
 
@@ -64,6 +67,7 @@ class Performer:
         self.context = context
         self.worker = worker
         self.delete_completed = delete_completed
+        context.is_alone = units.is_alone
 
     def perform(self, row: Claimed) -> Ended:
         """Run a claimed job; again, uncharged, a few times if only a lock was in its way."""
@@ -97,6 +101,27 @@ class Performer:
             for each in done
         ]
 
+    def attend(self) -> None:
+        """Tell jobs that run here if they were asked to stop, and write down how far they say they are.
+
+        To be called now and then, from a thread that no job can keep busy.
+        """
+        at_work = {run.row.token: run for run in self.context.at_work.copy()}
+        tokens = [token for token, run in at_work.items() if not run.is_asked_to_stop]
+        if tokens:
+            for token in self.units.read(lambda connection: statements.asked_to_stop(connection, tokens)):
+                at_work[token].ask_to_stop()
+        if told := [run for run in at_work.values() if run.news is not None]:
+            self._note_progress(told, by=self.units.try_write)
+
+    def _note_progress(self, runs: Sequence[Running], *, by: Callable[..., set[Token] | None]) -> None:
+        """Write down what handlers have said of their progress."""
+        news = {run.row.token: run.news for run in runs}
+        written = by(lambda connection: statements.note_progress(connection, news)) or ()
+        for run in runs:
+            if run.row.token in written and run.news is news[run.row.token]:
+                run.news = None
+
     # --- one attempt
 
     def _attempt(self, row: Claimed, began: float) -> Ended:
@@ -107,7 +132,7 @@ class Performer:
             if work is None or not (outcome.keeps_writes and work.was_used):
                 return Ended(row, outcome, monotonic() - began, is_written=False)
             try:
-                status, outcome = self._finish(row, work, outcome)
+                status, outcome = self._finish(this, work, outcome)
                 return Ended(row, outcome, monotonic() - began, status)
             except Exception as error:
                 work.close()
@@ -118,18 +143,25 @@ class Performer:
         finally:
             if this.opened is not None:
                 this.opened.close()
+            if this.news is not None:
+                with suppress(SQLAlchemyError, DatabaseBusy):  # it is not worth failing for
+                    self._note_progress([this], by=self.units.write)
 
-    def _finish(self, row: Claimed, work: JobSession, outcome: Outcome) -> tuple[Status | None, Outcome]:
+    def _finish(self, this: Running, work: JobSession, outcome: Outcome) -> tuple[Status | None, Outcome]:
         """Commit what the handler wrote together with its outcome; None if the job had gone to another meanwhile."""
+        token = this.row.token
         status: Status | None = None
         ended = outcome
 
         def settle(connection: Connection) -> bool:
             nonlocal status, ended
-            status, ended = self._settle(connection, row.token, outcome)
-            if status is None and self._is_still_ours(row.token):
+            if this.news is not None:
+                statements.note_progress(connection, {token: this.news})
+                this.news = None
+            status, ended = self._settle(connection, token, outcome)
+            if status is None and self._is_still_ours(token):
                 now = self.context.time()
-                status = lifecycle.overrule(connection, row.token, outcome, now=now, worker=self.worker)
+                status = lifecycle.overrule(connection, token, outcome, now=now, worker=self.worker)
             return status is not None
 
         return (status if work.finish(settle) else None), ended
@@ -142,7 +174,7 @@ class Performer:
         settle = partial(lifecycle.settle, now=now, worker=self.worker, delete=self.delete_completed, again=again)
         status = settle(connection, token, outcome)
         if status is Status.CANCELLED and not isinstance(outcome, Cancelled):
-            outcome = Cancelled(lifecycle.why_cancelled(connection, token.id))
+            outcome = Cancelled(lifecycle.why_cancelled(connection, token.id, outcome))
         return status, outcome
 
     def _is_still_ours(self, token: Token) -> bool:
@@ -221,6 +253,25 @@ def recalled(connection: Connection, row: Claimed) -> Ended | None:
 def tell(event: str, row: Any, **data: Any) -> None:
     """Emit ``event`` about the job of ``row``."""
     events.emit(event, job_id=row.id, callable_name=row.callable_name, queue=row.queue, **data)
+
+
+def tell_released(rows: Iterable[Claimed], reason: str, gone: Mapping[Token, str]) -> None:
+    """Tell that ``rows`` were handed back for ``reason``, those ``gone`` that they were cancelled instead."""
+    for row in rows:
+        if row.token in gone:
+            tell("cancelled", row, attempt=row.attempt, reason=gone[row.token])
+        else:
+            tell("released", row, attempt=row.attempt, reason=reason)
+
+
+def tell_rescued(row: Any, status: Status) -> None:
+    """Tell that a job was taken back from a dead worker, and what it is now."""
+    tell("rescued", row, attempt=row.attempt, worker=row.leased_by, losses=row.losses + 1)
+    if status is Status.CANCELLED:
+        reason = lifecycle.TAKEN if row.cancel_requested_at is None else lifecycle.ASKED
+        tell("cancelled", row, attempt=row.attempt, reason=reason)
+    if status is Status.FAILED:
+        tell("failed", row, attempt=row.attempt, seconds=0.0, error_type="WorkerLost", error="worker lost")
 
 
 def told(ended: Ended) -> str:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from datetime import datetime, tzinfo
+from datetime import datetime, timedelta, tzinfo
 from functools import partial
 from itertools import islice
+from time import monotonic, sleep
 from typing import Any, Unpack
 
 from sqlalchemy import Select, select
@@ -29,7 +31,15 @@ from . import (
 from .callables import Allow, Call, describe, permit, permit_classes, plain_arguments
 from .callables import resolve as resolve_callable
 from .dialects import Encoded, begin_before_savepoint, cannot_roll_back, is_autocommit
-from .errors import AlreadyScheduled, InvalidArgument, InvalidOption, UsageError, shown
+from .errors import (
+    AlreadyScheduled,
+    InvalidArgument,
+    InvalidOption,
+    ObjectMissing,
+    UsageError,
+    WaitTimeout,
+    shown,
+)
 from .models import SCHEDULER, RecurringJob, ScheduledJob
 from .options import JobOptions, checked, checked_word, limit_columns, run_options, unique_columns
 from .passes import Pass, RunReport
@@ -37,12 +47,13 @@ from .retries import path_in
 from .schedules import Schedules
 from .sessions import AnySession, InRegistry, JobSession, checked_session, session_maker
 from .status import FINISHED, Status
-from .times import Clock, When, as_utc, resolve, resolve_age, resolve_expiry, utc_now, zone
+from .times import Clock, When, as_utc, resolve, resolve_age, resolve_expiry, seconds_of, utc_now, zone
 from .unique_statements import Put
 from .units import Units, schema_errors
 
 __all__ = ["Scheduler"]
 
+FIRST_PAUSE, LONGEST_PAUSE = 0.005, 0.5  # seconds between two looks at a job that is waited for
 _ARGUMENTS = frozenset({"args", "kwargs"})
 _NO_ARGS, _NO_KWARGS = Encoded("[]"), Encoded("{}")
 _COPIED = (
@@ -251,13 +262,20 @@ class Scheduler(Schedules):
         job_id = _id_of(job)
         self.session.flush()
         with self._connection() as connection:
-            won = lifecycle.cancel(connection, job_id, now=self._now())
-        if won:
-            self._refresh(job_id)
-            if running := execution.running.get():
-                running.context.asked_to_stop.add(job_id)
+            now = self._now()
+            was = lifecycle.cancel(connection, job_id, now=now)
+            if was is Status.RUNNING:
+                wakeups.announce(self._own(), connection, now, now=now)  # a worker that wakes up looks for it
+        if was is None:
+            return False
+        self._refresh(job_id)
+        if running := execution.running.get():
+            running.context.asked_to_stop.add(job_id)
+        if was is Status.RUNNING:
+            events.emit("cancel_requested", job_id=job_id)
+        else:
             events.emit("cancelled", job_id=job_id, reason="cancel() was called")
-        return won
+        return True
 
     def retry(self, job: ScheduledJob | int, *, when: When = "0s", expires: When | None = "same") -> bool:
         """Let a failed, expired or cancelled job run again at ``when``, with all its attempts; True if this call did.
@@ -340,6 +358,33 @@ class Scheduler(Schedules):
         return select(ScheduledJob).where(
             ScheduledJob.content_type == content_type, ScheduledJob.content_key == content_key
         )
+
+    def wait(self, job: ScheduledJob | int, *, timeout: str | timedelta | None = None) -> ScheduledJob:
+        """Return ``job``, as it is then, once others have finished it; for scripts and tests.
+
+        The Session's pending work is committed first, since nobody can run what nobody can see, and no transaction is
+        open while it waits. Raises `WaitTimeout` after ``timeout``, `ObjectMissing` if there is no such job (any more),
+        and `UsageError` where nobody else can run it: inside of a transaction, or on an in-memory database.
+        """
+        bind = self._prepare()
+        job_id = _id_of(job)
+        seconds = math.inf if timeout is None else seconds_of(timeout, "timeout")
+        with self._connection():
+            self.session.commit()
+        units, until, pause = Units(bind), monotonic() + seconds, FIRST_PAUSE
+        while True:
+            found = units.read(lambda connection: statements.state(connection, job_id))
+            if found is None:
+                raise ObjectMissing(ScheduledJob.__qualname__, job_id)
+            if found[1] in FINISHED:
+                return self._own().get_one(ScheduledJob, job_id, populate_existing=True)
+            if units.is_alone:
+                raise UsageError(f"job {job_id} is {found[1]}, and nobody else can run it here; call run_due()")
+            left = until - monotonic()
+            if left <= 0:
+                raise WaitTimeout(job_id, found[1], timeout)
+            sleep(min(pause, left))
+            pause = min(1.5 * pause, LONGEST_PAUSE)
 
     # --- running
 

@@ -143,7 +143,7 @@ class Schedules:
         call, draft, _ = self._draft(now, given, options, now=now)
         row = self._row(call, draft, args, kwargs)
         expires = {"expires": self.expires, **call.spec.options, **options}["expires"]
-        kept = {name: value for name, value in row.items() if name not in _OF_ONE_RUN and value is not None}
+        kept = {name: value for name, value in row.items() if name not in _OF_ONE_RUN and value not in (None, False)}
         return {
             **{name: row[name] for name in ("callable_name", "content_type", "content_key")},
             **{name: _data(row[name]) for name in ("args", "kwargs")},

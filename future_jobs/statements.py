@@ -510,7 +510,7 @@ def leases(connection: Connection, *, before: datetime, limit: int) -> list[Row[
 
 
 _ABANDONED = (
-    select(J.id, J.attempt, J.callable_name, J.queue, J.losses, J.leased_by, J.leased_until)
+    select(*(J.id, J.attempt, J.callable_name, J.queue, J.losses, J.leased_by, J.leased_until, J.cancel_requested_at))
     .where(RUNNING, or_(J.leased_until.is_(None), J.leased_until < bindparam("before", type_=UTCDateTime)))
     .limit(bindparam("limit"))
 )
@@ -590,6 +590,37 @@ def holds(connection: Connection, tokens: Iterable[Token]) -> set[Token]:
         {"ids": [token.id for token in wanted]},
     )
     return {Token(*row) for row in found} & wanted
+
+
+def asked_to_stop(connection: Connection, tokens: Iterable[Token]) -> set[Token]:
+    """Return those of ``tokens`` whose running job was asked to stop. Primary key."""
+    wanted = set(tokens)
+    return {Token(*row) for row in connection.execute(_ASKED, {"ids": [token.id for token in wanted]})} & wanted
+
+
+_ASKED = select(J.id, J.attempt).where(J.id.in_(bindparam("ids", expanding=True)), RUNNING, ASKED_TO_STOP)
+
+
+def note_progress(connection: Connection, progress: Mapping[Token, Any]) -> set[Token]:
+    """Write how far running jobs are; return those of which it was written. Primary key.
+
+    A job whose row is locked, by its own transaction as a rule, is passed over.
+    """
+    free = {
+        Token(*row)
+        for row in connection.execute(_locked(connection, _NOTED), {"ids": [token.id for token in progress]})
+    }
+    for token in free & progress.keys():
+        connection.execute(_NOTE, {"_id": token.id, "_attempt": token.attempt, "_progress": progress[token]})
+    return free & progress.keys()
+
+
+_NOTED = select(J.id, J.attempt).where(J.id.in_(bindparam("ids", expanding=True)), RUNNING)
+_NOTE = (
+    update(JOBS)
+    .where(J.id == bindparam("_id"), J.attempt == bindparam("_attempt"), RUNNING)
+    .values(progress=bindparam("_progress", type_=J.progress.type))
+)
 
 
 def state(connection: Connection, job_id: int) -> tuple[int, str] | None:

@@ -29,7 +29,7 @@ from typing import IO, Any, NamedTuple
 
 from sqlalchemy.orm import scoped_session
 
-from . import statements
+from . import events, statements
 from .callables import Allow
 from .crew import MEASURE_SECONDS, PatientPerformer, opener
 from .execution import Context, ticking
@@ -37,7 +37,7 @@ from .lifecycle import Failed
 from .models import SCHEDULER
 from .passes import worker_name
 from .patience import PatientUnits
-from .performing import Ended, recalled
+from .performing import ATTEND_SECONDS, Ended, recalled
 from .scheduler import Scheduler
 from .sessions import InRegistry, Kept
 from .sources import opened, own_engine
@@ -179,6 +179,11 @@ class Station:
         # It may have waited in a queue, or be run a second time because the host that ran it is gone.
         tokens = [row.token for row in work.rows]
         held = self.units.read(lambda connection: statements.holds(connection, tokens))
+        over = threading.Event()
+        attending = threading.Thread(
+            target=self._attend, args=(performer, over), name="future_jobs attend", daemon=True
+        )
+        attending.start()
         file = None if work.board is None else (Path(work.board) / str(os.getpid())).open("wb", buffering=0)
         try:
             told = []
@@ -187,10 +192,18 @@ class Station:
                 told.append(self._told(performer, row, is_held=row.token in held))
             _note(file, work.number, len(work.rows))
         finally:
+            over.set()
             self._kept.give_back()
             if file is not None:
                 file.close()
         return told, context.asked_to_stop
+
+    def _attend(self, performer: PatientPerformer, over: threading.Event) -> None:
+        while not over.wait(ATTEND_SECONDS):
+            try:
+                performer.attend()
+            except Exception:
+                events.logger.exception("what runs in process %s could not be attended to", os.getpid())
 
     def close(self) -> None:
         """Give back the connections that are idle."""

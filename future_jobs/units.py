@@ -17,7 +17,15 @@ from typing import TypeVar
 from sqlalchemy.engine import Connection, Engine
 from sqlalchemy.exc import DBAPIError
 
-from .dialects import backend_of, is_disconnect, is_lock_error, is_missing_table, is_single_connection
+from .dialects import (
+    backend_of,
+    impatient,
+    is_away,
+    is_disconnect,
+    is_lock_error,
+    is_missing_table,
+    is_single_connection,
+)
 from .errors import DatabaseBusy, SchemaError
 
 __all__ = ["Units", "pause", "schema_errors"]
@@ -68,6 +76,21 @@ class Units:
         """Run ``work``, which only reads: on SQLite the write lock is not taken."""
         return self._run(work, writing=False)
 
+    def try_write(self, work: Callable[[Connection], T]) -> T | None:
+        """Run ``work`` as `write` does, once, for what matters little; None if a lock or the database is not to be had.
+
+        No lock is waited for longer than a moment.
+        """
+        if isinstance(self.bind, Connection):
+            return self.write(work)
+        try:
+            with self.bind.connect() as plain, impatient(plain), self._begun(plain, writing=True) as connection:
+                return work(connection)
+        except DBAPIError as error:
+            if is_lock_error(error) or is_away(error):
+                return None
+            raise
+
     def _run(self, work: Callable[[Connection], T], *, writing: bool) -> T:
         began = time.monotonic()
         for tries in count(1):
@@ -91,10 +114,14 @@ class Units:
             with self.bind.begin_nested() if self.bind.in_transaction() else self.bind.begin():
                 yield self.bind
             return
-        with self.bind.connect() as plain:
-            connection = self.backend.isolated(plain)
-            with connection.begin() as transaction:
-                self.backend.begin(connection, writing=writing)
-                yield connection
-                if not writing:
-                    transaction.rollback()
+        with self.bind.connect() as connection, self._begun(connection, writing=writing) as begun:
+            yield begun
+
+    @contextmanager
+    def _begun(self, plain: Connection, *, writing: bool) -> Iterator[Connection]:
+        connection = self.backend.isolated(plain)
+        with connection.begin() as transaction:
+            self.backend.begin(connection, writing=writing)
+            yield connection
+            if not writing:
+                transaction.rollback()

@@ -40,7 +40,7 @@ from .lifecycle import Released, Retried, Snoozed
 from .models import SCHEDULER
 from .passes import worker_name
 from .patience import PatientUnits
-from .performing import Ended, tell, told
+from .performing import Ended, tell, tell_released, told
 from .runners import Here, InThreads, Outbox, Runner
 from .scheduler import Scheduler
 from .sessions import InRegistry, Kept
@@ -339,6 +339,8 @@ class Worker:
         return longest if next_at is None else min(longest, max(0.0, (next_at - crew.now()).total_seconds()))
 
     def _wake(self, *_: Any) -> None:
+        if (crew := self._crew) is not None:
+            crew.leases.ring()
         self._stale_after = 0.0
         self._alarm.ring()
 
@@ -394,7 +396,15 @@ class Worker:
         open_session = opener(make, self.engine, {SCHEDULER: self.scheduler}, kept)
         performer = PatientPerformer(units, open_session, context, worker=name)
         outbox = Outbox(partial(self._alarm.ring, ACK_SECONDS))
-        leases = Leases(units, name, self.lease, time=now, held=self._tokens, queues=self.queues)
+        leases = Leases(
+            units,
+            name,
+            self.lease,
+            time=now,
+            held=self._tokens,
+            queues=self.queues,
+            attend=performer.attend,
+        )
         crew = Crew(
             name=name,
             units=units,
@@ -523,11 +533,10 @@ class Worker:
         if not rows:
             return
         tokens = [row.token for row in rows]
-        crew.units.write(lambda connection: lifecycle.release_all(connection, tokens))
+        gone = crew.units.write(lambda connection: lifecycle.release_all(connection, tokens))
         for token in tokens:
             self._forget(crew, token)
-        for row in rows:
-            tell("released", row, attempt=row.attempt, reason=reason)
+        tell_released(rows, reason, gone)
 
     @contextmanager
     def _signals(self, seconds: float) -> Iterator[None]:

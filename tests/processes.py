@@ -10,13 +10,14 @@ import json
 import os
 import subprocess
 import sys
+import threading
 from datetime import UTC, datetime
 from pathlib import Path
 
 from sqlalchemy import create_engine
 from sqlalchemy.orm import Session
 
-from future_jobs import AlreadyScheduled, Scheduler, current_job, notify_workers
+from future_jobs import AlreadyScheduled, Cancel, Scheduler, current_job, notify_workers
 
 ROOT = Path(__file__).parent.parent
 LEDGER = "FUTURE_JOBS_TEST_LEDGER"
@@ -66,6 +67,15 @@ def run_until_nothing_is_due(session: Session) -> list[int]:
         if not report.job_ids:
             return ran
         ran += report.job_ids
+    return ran
+
+
+def run_until_nothing_runs(session: Session) -> list[int]:
+    """The same, of handlers that may fail."""
+    scheduler = Scheduler(session)
+    ran: list[int] = []
+    while ids := scheduler.run_due(ignore_errors=True, limit=5).job_ids:
+        ran += ids
     return ran
 
 
@@ -236,6 +246,17 @@ def note_number(number: int, session: Session) -> None:
     from tests.shop import Letter
 
     session.add(Letter(text=str(number)))
+
+
+def fail() -> None:
+    raise ValueError("fail")
+
+
+def poll_until_asked() -> Cancel:
+    pause = threading.Event()
+    while not current_job().cancel_requested:
+        pause.wait(0.01)
+    return Cancel("it was asked")
 
 
 def die() -> None:

@@ -24,6 +24,7 @@ from sqlalchemy.orm import Session
 
 from future_jobs import JobFailure, ScheduledJob, Scheduler, __version__, create_tables
 from future_jobs.cli import main, output, words
+from future_jobs.models import Progress
 
 ROOT = Path(__file__).resolve().parent.parent
 MODULE = "clishop"
@@ -428,6 +429,8 @@ def test_schedule_writes_a_job(fj, session):
         "7",
         "--max-attempts",
         "3",
+        "--timeout",
+        "30s",
         "--tag",
         "a",
         "--tag",
@@ -437,6 +440,7 @@ def test_schedule_writes_a_job(fj, session):
     job = only(session)
     assert (job.callable_name, job.args, job.kwargs) == ("clishop.fine", [11], {"k": 12})
     assert (job.queue, job.priority, job.max_attempts, job.tags) == ("mail", 7, 3, ["a", "b"])
+    assert job.options == {"timeout": "30s"}
     assert job.expires_at - job.run_at == timedelta(days=5)
     assert abs(job.run_at - datetime.now(UTC) - timedelta(days=3)) < timedelta(minutes=1)
     assert f"Job {job.id} is scheduled: clishop.fine(11, k=12)" in shown
@@ -775,6 +779,17 @@ def test_show_has_every_field_and_says_why(fj, several):
         for label in ("call", "run at", "expires", "attempts", "created"):
             assert re.search(rf"^  {label} ", page, re.MULTILINE)
     assert fj("show", 99, code=1).stderr == "Error: there is no job 99\n"
+
+
+def test_a_running_job_is_shown_with_how_far_it_is(fj, session):
+    fj("schedule", "0s", "clishop.fine")
+    job = only(session)
+    job.status, job.latest_progress = "running", Progress(0.4, "page 12", datetime.now(UTC))
+    session.commit()
+    assert re.search(r"progress +40 %, page 12 +now", fj("show", job.id).output)
+    assert "40 %, page 12, attempt 0" in fj("list").output
+    [shown] = json.loads(fj("--json", "list").output)
+    assert (shown["progress"]["fraction"], shown["progress"]["message"]) == (0.4, "page 12")
 
 
 def test_show_in_json_has_every_column(fj, several):

@@ -327,12 +327,12 @@ def test_another_attempt_leaves_the_one_before_nothing_to_write(engine, schedule
     def settle(token):
         return units.write(lambda each: lifecycle.settle(each, token, Completed(), now=now, worker="a"))
 
-    second = units.write(lambda each: lifecycle.restart(each, first))
+    second = units.write(lambda each: lifecycle.restart(each, first, now=now))
     assert second == Token(job.id, 2)
     assert settle(first) is None
-    assert units.write(lambda each: lifecycle.restart(each, first)) is None
+    assert units.write(lambda each: lifecycle.restart(each, first, now=now)) is None
     assert settle(second) == "complete"
-    assert units.write(lambda each: lifecycle.restart(each, second)) is None
+    assert units.write(lambda each: lifecycle.restart(each, second, now=now)) is None
 
 
 def test_what_ended_before_its_process_died_is_told_as_it_ended(engine, scheduler, session, witness):

@@ -42,6 +42,7 @@ ORDER = (
     "patience",
     "wakeups",
     "ticks",
+    "interruption",
     "execution",
     "performing",
     "passes",

@@ -110,6 +110,11 @@ LOOP = {
     "claim where nothing is due": (lambda connection: claimed(connection, FUTURE._replace(first_at=NOW)), 20),
     "look for expired": (lambda connection: st.is_any_expired(connection, FUTURE, now=NOW), 20),
     "renew": (lambda connection: st.renew(connection, "the living", NOW + timedelta(minutes=2)), 60),
+    "asked to stop": (lambda connection: st.asked_to_stop(connection, sorted(of_the_living(connection))[:5]), 60),
+    "progress": (
+        lambda connection: st.note_progress(connection, dict.fromkeys(sorted(of_the_living(connection))[:5])),
+        120,
+    ),
     "who has a key": (lambda connection: unique_statements.holder(connection, "a key"), 20),
     "look at limited": (lambda connection: due_and_limited(connection), 60),
     "count what runs of a key": (lambda connection: limit_statements.running(connection, ["k", "l"]), 20),

@@ -32,6 +32,7 @@ def job_options(command: F) -> F:
     for option in (
         click.option("--tag", "tags", multiple=True, metavar="WORD", help="A word to find it by; may be repeated."),
         click.option("--max-attempts", type=int, metavar="N", help="Try again after a failure, N attempts in all."),
+        click.option("--timeout", metavar="DURATION", help="How long one run may take. [default: for ever]"),
         click.option("--priority", type=int, metavar="N", help="-100 to 100; higher runs first. [default: 0]"),
         click.option("--queue", metavar="NAME", help="The queue it waits in. [default: default]"),
         click.option(

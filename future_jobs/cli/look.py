@@ -26,6 +26,7 @@ from .words import (
     distance,
     moment,
     note,
+    progress_words,
     remedy,
     short_moment,
     span,
@@ -270,8 +271,13 @@ def _fields(job: ScheduledJob, scheduler: Scheduler, now: datetime) -> Iterator[
     yield "worker", job.leased_by
     yield "lease", at(job.leased_until)
     yield "stop", None if job.cancel_requested_at is None else f"asked for {at(job.cancel_requested_at)}"
-    yield "progress", None if job.progress is None else repr(job.progress)
+    yield "progress", None if job.latest_progress is None else _progress(job.latest_progress, now)
     yield "returned", None if job.return_value is None else value_words(job.return_value)
+
+
+def _progress(progress: Any, now: datetime) -> str:
+    said = f"   {distance(progress.at, now)}" if hasattr(progress, "at") else ""
+    return f"{progress_words(progress)}{said}"
 
 
 def _attempts(job: ScheduledJob) -> str:

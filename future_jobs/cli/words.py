@@ -22,6 +22,7 @@ __all__ = [
     "last_line",
     "moment",
     "note",
+    "progress_words",
     "remedy",
     "short_moment",
     "span",
@@ -130,6 +131,13 @@ def value_words(value: Any) -> str:
     return repr(value)
 
 
+def progress_words(progress: Any) -> str:
+    """Return how far a job is: ``40 %, page 12``."""
+    if not hasattr(progress, "fraction"):  # a row edited by hand
+        return value_words(progress)
+    return ", ".join(filter(None, [f"{progress.fraction * 100:.0f} %", progress.message]))
+
+
 def last_line(error: str | None) -> str:
     """Return what was raised, from a traceback's end."""
     lines = [line for line in (error or "").splitlines() if line.strip()]
@@ -147,7 +155,8 @@ def note(job: ScheduledJob, now: datetime) -> str:  # noqa: PLR0911 (one a state
             return _waiting_note(job, now)
         case Status.RUNNING:
             asked = "asked to stop, " if job.cancel_requested_at else ""
-            return f"{asked}attempt {job.attempt} by {job.leased_by or 'nobody'}"
+            done = "" if job.latest_progress is None else f"{progress_words(job.latest_progress)}, "
+            return f"{asked}{done}attempt {job.attempt} by {job.leased_by or 'nobody'}"
         case Status.COMPLETE if job.finished_at and job.started_at:
             returned = "" if job.return_value is None else f" → {value_words(job.return_value)}"
             took = job.finished_at - job.started_at
@@ -264,7 +273,8 @@ def remedy(job: ScheduledJob) -> tuple[str, str] | None:
 
 def as_dict(row: ScheduledJob | JobFailure | RecurringJob) -> dict[str, Any]:
     """Return the columns of a row as JSON has them: instants in ISO 8601 in UTC, payloads as stored."""
-    return {name: _plain(getattr(row, name)) for name in row.__table__.columns.keys() if name not in HIDDEN}  # noqa: SIM118
+    names = {column.name: row.__mapper__.get_property_by_column(column).key for column in row.__table__.columns}
+    return {name: _plain(getattr(row, key)) for name, key in names.items() if name not in HIDDEN}
 
 
 def _plain(value: Any) -> Any:
@@ -272,6 +282,8 @@ def _plain(value: Any) -> Any:
         return value.astimezone(UTC).isoformat()
     if isinstance(value, Status):
         return value.value
+    if hasattr(value, "fraction"):  # `Progress`
+        return {"fraction": value.fraction, "message": value.message, "at": _plain(value.at)}
     if hasattr(value, "text") and not isinstance(value, str):  # `Unreadable`: the JSON in the row is damaged
         return {"unreadable": value.text}
     return value
