@@ -235,6 +235,13 @@ def test_they_find_the_settings_of_the_worker_and_names_that_are_registered(exec
     assert "CallableRefused" in refused.error
 
 
+def test_a_timeout_ends_them_there(spawned, engine, scheduler, session, tmp_path):
+    job = scheduler.enqueue("tests.farmjobs.meet", args=[str(tmp_path), "slow"], timeout="1s")
+    session.commit()
+    drained(engine, spawned, 1)
+    assert (job.status, letters(session)) == ("failed", [])
+
+
 def test_a_better_priority_runs_first_and_other_queues_do_not_run(executor, engine, scheduler, session):
     past = datetime.now(UTC) - timedelta(hours=1)
     for name, priority in (("b", 0), ("a", 5), ("c", -5)):
