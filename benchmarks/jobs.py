@@ -39,3 +39,9 @@ def write_row(n: int, session: Session) -> None:
 def write_object(n: int, session: Session) -> None:
     """Write the same row by the unit of work."""
     session.add(Effect(n=n))
+
+
+def compute(n: int) -> None:
+    """Keep the interpreter busy for a millisecond or two."""
+    for turn in range(100_000):
+        n += turn

@@ -36,6 +36,7 @@ __all__ = [
     "permit",
     "permit_classes",
     "plain_arguments",
+    "registered_in",
     "resolve",
     "spec_of",
 ]
@@ -97,6 +98,11 @@ def spec_of(function: Callable[..., Any]) -> Spec:
     """Return what ``@job(...)`` says of ``function``."""
     spec = getattr(function, "__future_job__", None)
     return spec if isinstance(spec, Spec) else Spec()
+
+
+def registered_in() -> tuple[str, ...]:
+    """Return the modules of what is registered here: importing them elsewhere makes the same names known there."""
+    return tuple(sorted({function.__module__ for function in _registered.values()} - {"__main__"}))
 
 
 # --- allow --------------------------------------------------------------------------------------------------------

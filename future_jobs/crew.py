@@ -86,7 +86,8 @@ class PatientPerformer(Performer):
             def settle(connection: Connection) -> Status | None:
                 return lifecycle.settle(connection, row.token, later, now=now, worker=self.worker)
 
-            return Ended(row, later, 0.0, self.units.write(settle), was_run=False)
+            status = self.units.write(settle)
+            return Ended(row, Released("this process knows no such callable"), 0.0, status, was_run=False)
         except Exception:  # noqa: S110 (what else is wrong with it is told by running it)
             pass
         return super().perform(row)

@@ -15,10 +15,12 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from hashlib import sha256
+from pathlib import Path
 from typing import Any
 
 from sqlalchemy import (
     JSON,
+    URL,
     BigInteger,
     ColumnElement,
     DateTime,
@@ -432,6 +434,12 @@ def is_single_connection(engine: Engine) -> bool:
     if isinstance(engine.pool, StaticPool | SingletonThreadPool):
         return True
     return engine.dialect.name == "sqlite" and engine.url.database in {None, "", ":memory:"}
+
+
+def absolute(url: URL) -> URL:
+    """Return the URL by which a process that runs in another folder finds the same database."""
+    is_file = url.get_backend_name() == "sqlite" and url.database and not url.database.startswith((":", "file:"))
+    return url.set(database=str(Path(url.database).absolute())) if is_file and url.database else url
 
 
 def is_autocommit(bind: Engine | Connection) -> bool:

@@ -19,7 +19,7 @@ from sqlalchemy.exc import IntegrityError
 
 from . import bulk, statements, unique_statements
 from .dialects import Encoded
-from .statements import Level, Token
+from .statements import Claimed, Level, Token
 from .status import Status, check
 
 __all__ = [
@@ -35,9 +35,11 @@ __all__ = [
     "complete_all",
     "deliver_cancel",
     "expire",
+    "lose",
     "overrule",
     "release_all",
     "rescue",
+    "restart",
     "revive",
     "settle",
     "why_cancelled",
@@ -71,10 +73,10 @@ class Completed:
 
 @dataclass(frozen=True, slots=True)
 class Failed:
-    """The handler failed for good; ``error`` is what it raised."""
+    """The handler failed for good; ``error`` is what it raised, if that was in this process."""
 
     failure: Failure
-    error: BaseException
+    error: BaseException | None = None
     keeps_writes: bool = False
 
 
@@ -107,10 +109,13 @@ class Cancelled:
 
 @dataclass(frozen=True, slots=True)
 class Released:
-    """The database was busy or away: the job can be run again, uncharged. ``otherwise`` is for when that is no use."""
+    """The job can be run again, uncharged: the database was busy or away, or it was not run at all.
+
+    ``otherwise`` is for when that is no use.
+    """
 
     reason: str
-    otherwise: Failed | Retried
+    otherwise: Failed | Retried | None = None
     keeps_writes: bool = False
 
 
@@ -359,26 +364,60 @@ def rescue(
         token = Token(row.id, row.attempt)
         if watched is not None and (token, row.leased_until) not in watched:
             continue
-        lost = Failure("WorkerLost", "worker lost", f"worker lost: {row.leased_by} stopped renewing its lease")
-        target = Status.FAILED if row.losses + 1 >= MAX_LOSSES else Status.SCHEDULED
-        if row.cancel_requested_at is not None:
-            target = Status.CANCELLED
-        check(Status.RUNNING, target)
         # The lease is compared as well: a worker that woke up and renewed it meanwhile keeps its job.
         same = (
             statements.J.leased_until == row.leased_until if row.leased_until else statements.J.leased_until.is_(None)
         )
-        values = {"losses": statements.J.losses + 1, "error": lost.traceback}
-        if target is Status.SCHEDULED:
-            later = {"run_at": now + delay} if delay and row.losses else {}
-            ended = _wait_again(connection, token, {**values, **later}, same, finished_at=now)
-        else:
-            values |= {"status": target, "finished_at": now, **_FREE}
-            ended = target if statements.move(connection, token, Status.RUNNING, values, same) else None
+        why = f"worker lost: {row.leased_by} stopped renewing its lease"
+        is_asked = row.cancel_requested_at is not None
+        ended = lose(connection, row, same, worker=row.leased_by, why=why, now=now, delay=delay, is_asked=is_asked)
         if ended is not None:
-            _note(connection, token, lost, now=now, worker=row.leased_by)
             taken.append((row, ended))
     return taken
+
+
+def lose(
+    connection: Connection,
+    row: Row[Any] | Claimed,
+    *conditions: ColumnElement[bool],
+    worker: str | None,
+    why: str,
+    now: datetime,
+    delay: timedelta = timedelta(0),
+    is_asked: bool = False,
+) -> Status | None:
+    """Charge a running job with the loss of an attempt, as `rescue` does; return the state that it is in now.
+
+    None if the attempt no longer held it. ``is_asked``: it was asked to stop.
+    """
+    token, lost = Token(row.id, row.attempt), Failure("WorkerLost", "worker lost", why)
+    target = Status.FAILED if row.losses + 1 >= MAX_LOSSES else Status.SCHEDULED
+    if is_asked:
+        target = Status.CANCELLED
+    check(Status.RUNNING, target)
+    values = {"losses": statements.J.losses + 1, "error": lost.traceback}
+    if target is Status.SCHEDULED:
+        later = {"run_at": now + delay} if delay and row.losses else {}
+        ended = _wait_again(connection, token, {**values, **later}, *conditions, finished_at=now)
+    else:
+        values |= {"status": target, "finished_at": now, **_FREE}
+        ended = target if statements.move(connection, token, Status.RUNNING, values, *conditions) else None
+    if ended is not None:
+        _note(connection, token, lost, now=now, worker=worker)
+    return ended
+
+
+def restart(connection: Connection, token: Token, *, now: datetime) -> Token | None:
+    """Give a running job another attempt where it is; return that, None if ``token`` held the job no more.
+
+    Whoever still runs the attempt before can write nothing any more. Nothing is charged. A job that was asked to stop
+    is cancelled instead.
+    """
+    another = {"attempt": statements.ONE_MORE_ATTEMPT}
+    if statements.move(connection, token, Status.RUNNING, another, statements.NOT_ASKED_TO_STOP):
+        return Token(token.id, token.attempt + 1)
+    deliver_cancel(connection, token, now=now)
+    return None
 
 
 # --- by hand ------------------------------------------------------------------------------------------------------

@@ -295,6 +295,7 @@ class Pass:
             error = ended.outcome.error
             if isinstance(error, Exception):
                 raise error
+            assert error is not None  # it was raised in this thread
             raise JobAborted(row.id, error) from error
 
     def _count(self, ended: Ended) -> None:

@@ -55,6 +55,12 @@ class PatientUnits(Units):
             threading.Event().wait(min(random.uniform(pause / 2, pause), self._patience()))  # noqa: S311 (not a secret)
             pause = min(2 * pause, LONGEST_PAUSE)
 
+    @property
+    def away_seconds(self) -> float:
+        """For how long the database has not answered; 0 if it does."""
+        since = self._away_since
+        return 0.0 if since is None else monotonic() - since
+
     def _suffer(self, error: Exception) -> None:
         with self._telling:
             if self._away_since is not None:

@@ -27,7 +27,7 @@ from .statements import Claimed, Token
 from .status import Status
 from .units import Units, pause
 
-__all__ = ["ATTEND_SECONDS", "Ended", "Performer", "tell", "tell_released", "tell_rescued", "told"]
+__all__ = ["ATTEND_SECONDS", "Ended", "Performer", "recalled", "tell", "tell_released", "tell_rescued", "told"]
 
 ATTEND_SECONDS = 1.0  # from one `Performer.attend` to the next, if nothing calls for it
 TRIES_WHEN_LOCKED = 10
@@ -79,6 +79,7 @@ class Performer:
         tries = 1
         while isinstance(ended.outcome, Released):
             if tries == TRIES_WHEN_LOCKED or monotonic() - began > SECONDS_WHEN_LOCKED:
+                assert ended.outcome.otherwise is not None
                 ended = ended._replace(outcome=ended.outcome.otherwise)
                 break
             pause(tries)
@@ -220,6 +221,30 @@ def _fewer_words(outcome: Outcome) -> Iterator[Outcome]:
         plain = failure.error_type.encode("ascii", "replace").decode()
         yield replace(outcome, failure=Failure(plain, plain, f"{plain} (the traceback could not be stored)"))
         yield replace(outcome, failure=Failure("Error", "Error", "the traceback could not be stored"))
+
+
+def recalled(connection: Connection, row: Claimed) -> Ended | None:
+    """Return how an attempt ended that could not say so itself, by what it has written; None if it holds its job."""
+    found = statements.fate(connection, row.id)
+    if found is None or found.attempt != row.attempt:
+        return Ended(row, Completed(), 0.0)
+    if found.status is Status.RUNNING:
+        return None
+    outcome: Outcome = Completed()
+    failure = None
+    if found.error_type is not None:
+        message = found.traceback.strip().rpartition("\n")[2].removeprefix(f"{found.error_type}: ")
+        failure = Failure(found.error_type, message, found.traceback)
+    match found.status, failure:
+        case Status.SCHEDULED, None:
+            outcome = Snoozed(found.run_at)
+        case Status.SCHEDULED, Failure():
+            outcome = Retried(failure, found.run_at)
+        case Status.FAILED, Failure():
+            outcome = Failed(failure)
+        case Status.CANCELLED, _:
+            outcome = Cancelled(found.error or "asked to stop", failure)
+    return Ended(row, outcome, 0.0, found.status)
 
 
 # --- telling ------------------------------------------------------------------------------------------------------

@@ -65,6 +65,9 @@ class Runner(Protocol):
     def start(self, lane: Lane) -> None:
         """Put as many free slots of ``lane`` to work as what waits is worth."""
 
+    def recall(self) -> list[Claimed]:
+        """Start nothing more, and return what was taken from a lane and has not started."""
+
     def stop(self) -> None:
         """Accept nothing more. What runs may go on."""
 
@@ -82,6 +85,10 @@ class Here:
         """Run all that waits in ``lane``."""
         if lane.hire():
             serve(lane, self._perform, self._outbox)
+
+    def recall(self) -> list[Claimed]:
+        """Nothing is taken that does not run."""
+        return []
 
     def stop(self) -> None:
         """Nothing is left running."""
@@ -105,6 +112,10 @@ class InThreads:
         for _ in range(lane.hire()):
             slot = self._executor.submit(self._serve, lane)
             slot.add_done_callback(partial(self._note_problem, lane))
+
+    def recall(self) -> list[Claimed]:
+        """Nothing is taken that does not run."""
+        return []
 
     def stop(self) -> None:
         """End the threads, each after the job that it runs, if they are not somebody else's."""

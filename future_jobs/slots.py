@@ -6,6 +6,7 @@ out to take longer than it used to, the others start as well.
 
 from __future__ import annotations
 
+import math
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping
@@ -104,8 +105,31 @@ class Lane:
                 self.ring()
             return row
 
+    def take(self, seconds: float) -> list[Claimed]:
+        """Take a free slot, and for it the next jobs: what takes so long together. Empty: no slot, or no job.
+
+        What waits is shared by all free slots, however little each of its jobs takes.
+        """
+        with self._lock:
+            free, waits = self.slots - self.busy, len(self._waiting)
+            if free <= 0 or not waits:
+                return []
+            most = max(1, int(seconds / max(self._average, 1e-5)))
+            rows = [self._waiting.popleft() for _ in range(min(most, math.ceil(waits / free)))]
+            self.busy += 1
+            is_low = len(self._waiting) <= self._low and not self._is_low
+            self._is_low |= is_low
+        if is_low:
+            self.ring()
+        return rows
+
+    def enter(self) -> None:
+        """Take a slot, even if none is free."""
+        with self._lock:
+            self.busy += 1
+
     def leave(self) -> None:
-        """Free the slot of a thread that ended otherwise."""
+        """Free a slot."""
         with self._lock:
             self.busy -= 1
         self.ring()

@@ -7,17 +7,17 @@ from collections.abc import Callable
 from importlib import import_module
 from typing import Any
 
-from sqlalchemy import URL, create_engine
+from sqlalchemy import URL, create_engine, make_url
 from sqlalchemy.engine import Engine
 from sqlalchemy.orm import Session, scoped_session, sessionmaker
 from sqlalchemy.pool import QueuePool
 
-from .dialects import guide_planner, is_autocommit
+from .dialects import absolute, guide_planner, is_autocommit
 from .errors import InvalidArgument, InvalidOption, shown
 from .models import ScheduledJob
 from .times import seconds_of
 
-__all__ = ["Maker", "opened", "own_engine", "refuse_small_pool", "seconds_of"]
+__all__ = ["Maker", "described", "opened", "own_engine", "refuse_small_pool", "seconds_of"]
 
 Maker = Callable[[], Session] | scoped_session[Any]
 
@@ -64,6 +64,25 @@ def _checked(engine: Engine) -> Engine:
             value=engine,
         )
     return engine
+
+
+def described(source: Any) -> str:
+    """Return the text by which another process finds the same database; raise `InvalidOption` if there is none.
+
+    Of an Engine that is its URL, and nothing else of it.
+    """
+    if isinstance(source, Engine):
+        source = source.url
+    if isinstance(source, str) and _PLACE.fullmatch(source):
+        return source
+    if isinstance(source, str | URL):
+        return absolute(make_url(source)).render_as_string(hide_password=False)
+    raise InvalidOption(
+        f"source is {shown(source)}, which cannot be found from another process; pass its place as text, "
+        "'module:attr', or the Engine's URL",
+        argument="source",
+        value=source,
+    )
 
 
 def own_engine(engine: Engine) -> Engine:

@@ -122,6 +122,7 @@ NOT_ASKED_TO_STOP = J.cancel_requested_at.is_(None)
 HAS_NO_KEY = J.unique_key.is_(None)
 KEEPS_ITS_KEY = or_(J.unique_key.is_(None), J.unique_until == literal_column("'finished'"))
 ONE_MORE_FAILURE = J.failures + 1
+ONE_MORE_ATTEMPT = J.attempt + 1
 # A null expiry is "never". A job whose expiry equals now still runs.
 NOT_EXPIRED = or_(J.expires_at.is_(None), J.expires_at >= bindparam("now", type_=UTCDateTime))
 
@@ -626,6 +627,21 @@ def state(connection: Connection, job_id: int) -> tuple[int, str] | None:
     """Return ``(attempt, status)`` of a job; None if it does not exist. Primary key."""
     row = connection.execute(select(J.attempt, J.status).where(J.id == bindparam("_id")), {"_id": job_id}).first()
     return None if row is None else (row.attempt, row.status)
+
+
+def fate(connection: Connection, job_id: int) -> Any:
+    """Return where a job is and how its last attempt failed, if it did; None if it does not exist.
+
+    Primary key; ix_future_jobs_failure_job.
+    """
+    return connection.execute(_FATE, {"_id": job_id}).first()
+
+
+_FATE = (
+    select(J.attempt, J.status, J.run_at, J.error, FAILURES.c.error_type, FAILURES.c.traceback)
+    .outerjoin(FAILURES, and_(FAILURES.c.job_id == J.id, FAILURES.c.attempt == J.attempt))
+    .where(J.id == bindparam("_id"))
+)
 
 
 def error_of(connection: Connection, job_id: int) -> str | None:

@@ -15,7 +15,7 @@ import os
 import signal
 import threading
 from collections.abc import AsyncIterator, Iterable, Iterator, Mapping
-from concurrent.futures import Executor
+from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import asynccontextmanager, contextmanager, suppress
 from datetime import datetime, timedelta, tzinfo
 from functools import partial
@@ -33,7 +33,8 @@ from .callables import Allow
 from .claims import Claims, Taken, Wish
 from .crew import Crew, PatientPerformer, opener
 from .dialects import can_listen, is_single_connection
-from .errors import DatabaseBusy, InvalidOption, NotSupported, shown
+from .errors import DatabaseBusy, InvalidArgument, InvalidOption, NotSupported, shown
+from .farm import Farm, MakesExecutor
 from .leases import Leases
 from .lifecycle import Released, Retried, Snoozed
 from .models import SCHEDULER
@@ -43,9 +44,10 @@ from .performing import Ended, tell, tell_released, told
 from .runners import Here, InThreads, Outbox, Runner
 from .scheduler import Scheduler
 from .sessions import InRegistry, Kept
-from .slots import STALL_SECONDS, Threads, lanes_of
-from .sources import opened, own_engine, refuse_small_pool, seconds_of
+from .slots import STALL_SECONDS, Lane, Threads, lanes_of
+from .sources import described, opened, own_engine, refuse_small_pool, seconds_of
 from .statements import Claimed, Level, Token
+from .stations import Site
 from .status import Status
 from .times import utc_now
 
@@ -68,8 +70,9 @@ class Worker:
     run at once; ``"*"`` stands for all that are not named. ``lease`` is how long after its death a worker's jobs stay
     its own, ``poll`` how often it looks, at least. ``prefetch`` is how many jobs it may hold beyond its slots (None:
     what they finish in a tenth of a second). ``max_jobs`` ends it after that many; ``retention`` is how long complete
-    jobs are kept (None: for ever). ``executor`` runs the jobs, in this process. ``notify`` makes it listen, on
-    PostgreSQL, for what `notify_workers` lets others send.
+    jobs are kept (None: for ever). ``executor`` runs the jobs: a ThreadPoolExecutor in this process, any other wherever
+    it does, each with an engine and Sessions made there; a callable that makes one is called when the worker starts.
+    ``notify`` makes it listen, on PostgreSQL, for what `notify_workers` lets others send.
     """
 
     def __init__(
@@ -79,7 +82,7 @@ class Worker:
         queues: Mapping[str, int] | None = None,
         lease: str | timedelta = "60s",
         poll: str | timedelta = "1s",
-        executor: Executor | None = None,
+        executor: Executor | MakesExecutor | None = None,
         name: str | None = None,
         allow: Allow = None,
         timezone: tzinfo | str | None = None,
@@ -88,6 +91,7 @@ class Worker:
         retention: str | timedelta | None = None,
         notify: bool = False,
     ) -> None:
+        allow = allow if allow is None or isinstance(allow, str) else list(allow)
         self.queues = dict(queues or {"default": 10})
         self.lanes = lanes_of(self.queues, prefetch)
         self.lease = timedelta(seconds=seconds_of(lease, "lease"))
@@ -99,7 +103,6 @@ class Worker:
             )
         self.max_jobs = math.inf if max_jobs is None else max_jobs
         self.name = name
-        self.ran = 0
         self.was_hurried = False  # a second signal came
         self.engine, self._make, self._owns_engine = opened(source, connections=sum(self.queues.values()))
         scoped = self._make if isinstance(self._make, scoped_session) else None
@@ -107,6 +110,8 @@ class Worker:
         self.notify = notify and can_listen(self.engine)
         self._around = None if scoped is None else InRegistry(scoped)
         self._given_executor = executor
+        self._has_lost_executor = False  # by a fork: its threads are in the parent
+        self._site: Site | None = None
         self._pid = os.getpid()
         if is_single_connection(self.engine):
             if executor is not None:
@@ -116,13 +121,25 @@ class Worker:
                 )
             for lane in self.lanes.values():
                 lane.slots = 1
-        elif executor is not None and any(cls.__name__ == "ProcessPoolExecutor" for cls in type(executor).__mro__):
-            raise NotSupported(
-                "executor is a ProcessPoolExecutor, and jobs run in this process; start several workers to use several "
-                "processes"
+        elif executor is not None and not isinstance(executor, Executor) and not callable(executor):
+            raise InvalidArgument(
+                f"executor is {shown(executor)}; pass a concurrent.futures.Executor, or a callable that makes one",
+                argument="executor",
+                value=executor,
+            )
+        elif executor is not None and not isinstance(executor, ThreadPoolExecutor | Threads):
+            self._site = Site(
+                described(source),
+                connections=sum(self.queues.values()),
+                timezone=self.scheduler.timezone,
+                allow=allow,
             )
         else:
             refuse_small_pool(self.engine, sum(self.queues.values()))
+        self._begin()
+
+    def _begin(self) -> None:
+        self.ran = 0
         self._alarm = wakeups.Alarm()
         self._held: dict[Token, Claimed] = {}
         self._stale_after = 0.0
@@ -134,6 +151,18 @@ class Worker:
         self._closed = threading.Event()
         for lane in self.lanes.values():
             lane.ring = self._alarm.ring
+
+    def _begin_in_child(self) -> None:
+        """Leave to the parent, from which this process was forked, what is its own: connections, jobs, threads."""
+        self._pid = os.getpid()
+        if is_single_connection(self.engine):
+            return
+        self.engine.dispose(close=False)
+        if self._crew is not None:
+            self._crew.units.engine.dispose(close=False)
+            self._has_lost_executor = isinstance(self._given_executor, Executor)
+            self.lanes = {name: Lane(lane.slots, lane.prefetch) for name, lane in self.lanes.items()}
+        self._begin()
 
     # --- the loop
 
@@ -147,7 +176,9 @@ class Worker:
             raise crew.runner.problem
         done = crew.outbox.take()
         try:
-            waits_again = any(isinstance(each.outcome, Retried | Snoozed) for each in done)
+            waits_again = any(isinstance(each.outcome, Retried | Snoozed | Released) for each in done)
+            if isinstance(crew.runner, Farm) and any(each.is_written for each in done):
+                waits_again = True  # what they have scheduled there woke nobody here
             is_stale = waits_again or monotonic() >= min(self._stale_after, crew.tick_at)
             put_off = self._rest() if is_stale else 0.0
             if put_off:
@@ -276,8 +307,8 @@ class Worker:
             for each in group:
                 self._forget(crew, each.token)
                 count, seconds = count + each.was_run, seconds + each.seconds
-                if isinstance(each.outcome, Released | Snoozed) and not each.was_run:
-                    tell("released", each.row, attempt=each.row.attempt, reason="this process knows no such callable")
+                if isinstance(each.outcome, Released):
+                    tell("released", each.row, attempt=each.row.attempt, reason=each.outcome.reason)
                 else:
                     told(each)
             self.ran += count
@@ -315,12 +346,19 @@ class Worker:
 
     def _wake_for(self, run_at: datetime) -> None:
         crew = self._crew
-        if crew is not None and (run_at - crew.now()).total_seconds() < self.poll:
+        if crew is not None and os.getpid() == self._pid and (run_at - crew.now()).total_seconds() < self.poll:
             self._wake()
 
     # --- beginning
 
     def _opened(self) -> Crew:
+        if os.getpid() != self._pid:
+            self._begin_in_child()
+        if self._has_lost_executor:
+            raise NotSupported(
+                "the executor was in use when this process was forked, and its threads are not here; make the worker "
+                "after the fork, or pass a callable that makes the executor"
+            )
         if self._crew is None:
             self._deadline, self._stale_after = math.inf, 0.0
             self._closed.clear()
@@ -331,17 +369,17 @@ class Worker:
 
     def _open(self) -> Crew:
         name = worker_name() if self.name is None else f"{self.name}:{worker_name()}"
-        alone = is_single_connection(self.engine)
-        if not alone and os.getpid() != self._pid:  # forked: the parent's connections are not ours
-            self.engine.dispose(close=False)
-        engine = self.engine if alone else own_engine(self.engine)
+        engine = self.engine if is_single_connection(self.engine) else own_engine(self.engine)
         units = PatientUnits(engine, worker=name, patience=self._patience)
         try:
             units.read(schema.check)
+            return self._gather(name, units)
         except BaseException:
-            if not alone:
+            if engine is not self.engine:
                 engine.dispose()
             raise
+
+    def _gather(self, name: str, units: PatientUnits) -> Crew:
         context = execution.Context(
             check=self.scheduler.check,
             check_class=self.scheduler.check_class,
@@ -373,25 +411,38 @@ class Worker:
             context=context,
             performer=performer,
             leases=leases,
-            watch=wakeups.watch(engine, self._wake, notify=self.notify),
+            watch=wakeups.watch(units.engine, self._wake, notify=self.notify),
             claims=Claims(self.lanes, worker=name, time=now, lease_end=leases.end),
             runner=self._runner(performer, outbox, kept),
             outbox=outbox,
         )
         crew.measure()
         wakeups.listen(self.engine, self._wake_for)
-        if not alone:
+        if not units.is_alone:
             crew.leases.start()
             crew.watch.start()
         return crew
 
     def _runner(self, performer: PatientPerformer, outbox: Outbox, kept: Kept) -> Runner:
+        executor = self._given_executor
         if performer.units.is_alone:
             return Here(performer.perform, outbox)
-        own = None if self._given_executor else Threads(sum(self.queues.values()), name="future_jobs")
-        executor = own or self._given_executor
-        assert executor is not None
-        return InThreads(performer.perform, outbox, executor, is_own=own is not None, rest=kept.give_back)
+        if executor is None:
+            threads = Threads(sum(self.queues.values()), name="future_jobs")
+            return InThreads(performer.perform, outbox, threads, is_own=True, rest=kept.give_back)
+        if isinstance(executor, ThreadPoolExecutor | Threads):
+            return InThreads(performer.perform, outbox, executor, is_own=False, rest=kept.give_back)
+        assert self._site is not None
+        return Farm(
+            executor,
+            site=self._site,
+            worker=performer.worker,
+            lease=self.lease,
+            units=performer.units,
+            context=performer.context,
+            outbox=outbox,
+            held=self._held,
+        )
 
     def _tokens(self) -> set[Token]:
         return set(self._held.copy())
@@ -432,6 +483,8 @@ class Worker:
 
         Returns when the worker has ended; at once if it is called by a job, or by the thread that runs the loop.
         """
+        if os.getpid() != self._pid:
+            self._begin_in_child()
         self._ask_to_stop(seconds_of(timeout, "timeout"))
         if execution.running.get() is not None or self._loop is threading.current_thread():
             return
@@ -464,7 +517,7 @@ class Worker:
         self._closed.set()
 
     def _drain(self, crew: Crew) -> None:
-        waiting = [row for lane in self.lanes.values() for row in lane.clear()]
+        waiting = [row for lane in self.lanes.values() for row in lane.clear()] + crew.runner.recall()
         self._release(crew, waiting, "the worker stopped before its turn")
         while True:
             busy = not isinstance(crew.runner, Here) and any(lane.busy for lane in self.lanes.values())
@@ -492,6 +545,11 @@ class Worker:
             return
 
         def hear(number: int, frame: Any) -> None:  # noqa: ARG001
+            if os.getpid() != self._pid:  # forked, by a process pool: it ends as if nobody heard
+                if number == signal.SIGTERM:
+                    signal.signal(number, signal.SIG_DFL)
+                    os.kill(os.getpid(), number)
+                return
             is_second, crew = self._deadline < math.inf, self._crew
             self._ask_to_stop(0.0 if is_second else seconds)
             self.was_hurried = self.was_hurried or is_second

@@ -57,6 +57,8 @@ ORDER = (
     "runners",
     "crew",
     "sources",
+    "stations",
+    "farm",
     "worker",
     "testing",
     "contrib",

@@ -723,10 +723,3 @@ def test_settings_that_cannot_work_are_refused(tmp_path):
 def test_missing_tables_are_named_with_the_remedy(empty_engine):
     with pytest.raises(SchemaError, match="future-jobs db upgrade"):
         Worker(empty_engine).run()
-
-
-def test_processes_are_refused_for_now(tmp_path):
-    from concurrent.futures import ProcessPoolExecutor
-
-    with ProcessPoolExecutor(1) as pool, pytest.raises(NotSupported, match="several workers"):
-        Worker(f"sqlite:///{tmp_path}/some.db", executor=pool)
