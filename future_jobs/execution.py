@@ -117,14 +117,11 @@ class Running:
 
     def call(self) -> Any:
         """Find the callable, load what it is about, and call it; return what it returns, awaited if need be."""
-        limit = _check_readable(self.row).get("timeout")
-        if limit is None:
+        seconds = _seconds(_check_readable(self.row))
+        if seconds is None:
             return self._call()
-        duration = parse_duration(limit, argument="timeout")
-        if not isinstance(duration, timedelta):
-            raise PayloadUnreadable(f"timeout is {shown(limit)}; an exact duration is needed")
         self.interruption = Interruption(InterruptedAlone if self.context.is_alone else Interrupted)
-        return self.interruption.limit(self._call, duration.total_seconds(), self.context.deadlines)
+        return self.interruption.limit(self._call, seconds, self.context.deadlines)
 
     def _call(self) -> Any:
         row, context = self.row, self.context
@@ -191,6 +188,26 @@ def _check_readable(row: Claimed) -> Mapping[str, Any]:
         wrong = {name: value.text for name, value in times.items() if isinstance(value, Unreadable)}
         raise PayloadUnreadable(f"the row holds what is no time: {shown(wrong)}")
     return _options(row)
+
+
+def _seconds(options: Mapping[str, Any]) -> float | None:
+    limit = options.get("timeout")
+    if limit is None:
+        return None
+    duration = parse_duration(limit, argument="timeout")
+    if not isinstance(duration, timedelta):
+        raise PayloadUnreadable(f"timeout is {shown(limit)}; an exact duration is needed")
+    return duration.total_seconds()
+
+
+def time_limit(row: Claimed) -> float | None:
+    """Return the ``timeout`` of a job in seconds; None if it has none, or one that cannot be read."""
+    if row.options is None or '"timeout"' not in row.options:
+        return None
+    try:
+        return _seconds(_options(row))
+    except Exception:  # which its run will say
+        return None
 
 
 def _options(row: Claimed) -> Mapping[str, Any]:

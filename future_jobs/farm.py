@@ -26,6 +26,7 @@ from datetime import timedelta
 from functools import partial
 from itertools import count
 from multiprocessing import get_context
+from time import monotonic
 from typing import Any
 
 from sqlalchemy.engine import Connection
@@ -33,8 +34,8 @@ from sqlalchemy.engine import Connection
 from . import events, lifecycle, statements, stations
 from .callables import registered_in
 from .claims import FRAGILE
-from .errors import InvalidOption, NotSupported, shown
-from .execution import Context
+from .errors import InvalidOption, JobTimeout, NotSupported, shown
+from .execution import Context, failed, time_limit
 from .lifecycle import Released
 from .performing import Ended, recalled, tell
 from .runners import Outbox
@@ -49,6 +50,8 @@ __all__ = ["Farm", "MakesExecutor"]
 MakesExecutor = Callable[[], Executor]
 
 CHUNK_SECONDS = 0.02
+WATCH_SECONDS = 0.25  # between two looks at how long jobs with a timeout have been running
+GRACE_SECONDS = 2.0  # for a job whose timeout is over, to be interrupted in its own process
 MOST_MISFIRES = 3  # pools in a row that broke before any job was begun
 
 
@@ -116,6 +119,8 @@ class Farm:
         self._ward: Executor | None = None  # where suspects are run
         self._misfires = 0
         self._is_over = False
+        self._watched_at = 0.0
+        self._running_since: dict[Token, float] = {}  # of jobs that have a timeout
         if self._board is not None:
             with suppress(Exception):  # that it is broken is found out in time
                 self._executor.submit(os.getpid)  # a pool that forks does so now, before the worker has threads
@@ -126,6 +131,9 @@ class Farm:
         """Hand out what the free slots of ``lane`` can use, once what became of the dead is settled."""
         if self._failed:
             self._settle()
+        if self._board is not None and monotonic() - self._watched_at > WATCH_SECONDS:
+            self._end_overdue(self._board)
+            self._watched_at = monotonic()
         self._examine()
         self._hand_out(lane)
 
@@ -312,6 +320,25 @@ class Farm:
             now=now,
             delay=self._lease * random.uniform(0, 1 / 8),  # noqa: S311 (as after a rescue)
         )
+
+    # --- jobs that take too long
+
+    def _end_overdue(self, board: str) -> None:
+        """Kill the processes of jobs that have outlived their timeout: in a C function nothing else interrupts them."""
+        limited = [chunk for chunk in list(self._out) if any(time_limit(row) for row in chunk.rows)]
+        places = stations.places_on(board) if limited else {}
+        running = {row.token: row for chunk in limited for row in self._running(chunk, places)}
+        now = monotonic()
+        self._running_since = {token: self._running_since.get(token, now) for token in running}
+        for token, since in self._running_since.items():
+            seconds = time_limit(running[token])
+            if seconds is not None and now - since > seconds + GRACE_SECONDS and self.kill(token):
+                self._outbox.put(self._units.write(partial(self._time_out, row=running[token], seconds=seconds)))
+
+    def _time_out(self, connection: Connection, row: Claimed, seconds: float) -> Ended:
+        now, outcome = self._context.time(), failed(row, JobTimeout(seconds), self._context)
+        status = lifecycle.settle(connection, row.token, outcome, now=now, worker=self._worker)
+        return (status is None and recalled(connection, row)) or Ended(row, outcome, seconds, status)
 
     # --- ending
 

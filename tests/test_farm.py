@@ -242,6 +242,18 @@ def test_a_timeout_ends_them_there(spawned, engine, scheduler, session, tmp_path
     assert (job.status, letters(session)) == ("failed", [])
 
 
+@pytest.mark.parametrize("kind_of_pool", ["spawn", "loky"])
+def test_a_job_that_outlives_its_timeout_in_c_ends_with_its_process(kind_of_pool, engine, scheduler, session, witness):
+    stuck = scheduler.enqueue("tests.farmjobs.wait_in_c", timeout="100ms", max_attempts=2, backoff="0s")
+    session.commit()
+    with loky_pool() if kind_of_pool == "loky" else pool("spawn") as executor:
+        drained(engine, executor, 2)
+    session.refresh(stuck)
+    assert (stuck.status, stuck.failures, stuck.losses) == ("failed", 2, 0)
+    assert "JobTimeout" in stuck.error
+    assert letters(session) == []
+
+
 def test_a_better_priority_runs_first_and_other_queues_do_not_run(executor, engine, scheduler, session):
     past = datetime.now(UTC) - timedelta(hours=1)
     for name, priority in (("b", 0), ("a", 5), ("c", -5)):
