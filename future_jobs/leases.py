@@ -10,6 +10,7 @@ watcher's own monotonic clock. So a clock that jumps takes nothing from the livi
 
 from __future__ import annotations
 
+import math
 import os
 import random
 import socket
@@ -29,6 +30,7 @@ from .wakeups import Alarm
 __all__ = ["Leases"]
 
 MOST_WATCHED = 5_000
+WATCHED = 0.7  # of a lease: with less left than this it was not renewed in time
 RING_SECONDS = 0.05  # what calls meanwhile is answered together
 
 
@@ -55,6 +57,7 @@ class Leases:
         self._attend = attend
         self._started_at: datetime | None = None
         self._strays: set[Token] = set()
+        self._rescue_at = math.inf
         self._watched: dict[tuple[Token, datetime | None], float] = {}
         self._alarm = Alarm()
         self._over = threading.Event()
@@ -92,6 +95,8 @@ class Leases:
             steps = [self._attend]
             if began >= renew_at:
                 steps, renew_at = [self.appear, self.renew, self.watch, self._attend], began + pause
+            elif began >= self._rescue_at:
+                steps = [self.watch, self._attend]
             for step in steps:
                 try:
                     step()
@@ -99,7 +104,7 @@ class Leases:
                     if not self._over.is_set():
                         events.logger.exception("the leases of %s: %s failed", self.worker, step.__name__)
             now = monotonic()
-            self._alarm.sleep(max(0.0, min(renew_at - now, began + ATTEND_SECONDS - now)))
+            self._alarm.sleep(max(0.0, min(renew_at, self._rescue_at, began + ATTEND_SECONDS) - now))
 
     def appear(self) -> None:
         """Say that the worker is alive, and forget those that have not said so for long."""
@@ -142,17 +147,20 @@ class Leases:
     def watch(self) -> None:
         """Look at leases that were not renewed in time, and take back the jobs of those that stay so.
 
-        A living worker's lease never has less than three quarters left, so half of one is early enough to begin.
+        A living worker's lease has about three quarters left at the least; the watch begins when it has less.
         """
         now, seen, held = self._time(), monotonic(), self._held()
 
         def look(connection: Connection) -> dict[tuple[Token, datetime | None], float]:
-            rows = statements.leases(connection, before=now + self.lease / 2, limit=MOST_WATCHED)
+            rows = statements.leases(connection, before=now + self.lease * WATCHED, limit=MOST_WATCHED)
             keys = [(Token(row.id, row.attempt), row.leased_until) for row in rows]
             return {key: self._watched.get(key, seen) for key in keys if key[0] not in held}
 
         self._watched = self.units.read(look)
-        still = seen - self.lease.total_seconds()
+        lease = self.lease.total_seconds()
+        # Looked at again when the first of them is over; not at once, where the database's clock is behind.
+        self._rescue_at = max(min(self._watched.values(), default=math.inf) + lease, seen + lease / 16)
+        still = seen - lease
         over = {key for key, since in self._watched.items() if since <= still and (key[1] is None or key[1] < now)}
         if over:
             self._rescue(over, now)
