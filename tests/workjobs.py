@@ -46,14 +46,16 @@ STAGE = Stage()
 
 def held(name=None):
     """Run until the test opens the gate."""
-    STAGE.enter(name)
-    STAGE.gate.wait(20)
-    STAGE.leave(name)
+    stage = STAGE  # that of the test that began it: another may have begun by the time it ends
+    stage.enter(name)
+    stage.gate.wait(20)
+    stage.leave(name)
 
 
 def note(name=None):
-    STAGE.enter(name)
-    STAGE.leave(name)
+    stage = STAGE
+    stage.enter(name)
+    stage.leave(name)
 
 
 def when():
