@@ -18,7 +18,7 @@ from .statements import Claimed, Level, Token
 __all__ = ["Claims", "Taken", "Wish"]
 
 NO_LIMIT = (1 << 63) - 1
-FRAGILE = 2  # a job that was lost this often may be what kills its workers
+FRAGILE = 3  # a job that was lost this often may be what kills its workers
 
 
 class Wish(NamedTuple):

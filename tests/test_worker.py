@@ -142,7 +142,7 @@ def test_a_slow_job_holds_up_nobody_else(parallel, scheduler, session, stage):
 
 def test_jobs_that_were_lost_again_and_again_run_one_at_a_time(parallel, scheduler, session, stage):
     ids = scheduler.schedule_many("0s", "tests.workjobs.held", [{"args": ["lost"]} for _ in range(4)])
-    session.execute(update(ScheduledJob).where(ScheduledJob.id.in_(ids)).values(losses=2))
+    session.execute(update(ScheduledJob).where(ScheduledJob.id.in_(ids)).values(losses=3))
     scheduler.schedule_many("0s", "tests.workjobs.held", [{"args": ["fine"]} for _ in range(2)])
     session.commit()
     with Worker(parallel, queues={"default": 6}, poll=timedelta(seconds=0.02)).background():
