@@ -29,6 +29,7 @@ from future_jobs import ScheduledJob, Scheduler
 from future_jobs.options import JobOptions
 
 POLL_SECONDS = 0.005
+LOOK_SECONDS = 0.2  # after this a worker looks again at once; before, what others have added waits for its next poll
 PATIENCE_SECONDS = 300.0
 MEGABYTES = 80.0  # what a worker may take
 
@@ -97,6 +98,7 @@ def _drain(place: Place, processes: Sequence[Process], count: int, load: Callabl
         each.connect()
     before = place.raw.newest()
     load()
+    sleep(LOOK_SECONDS)
 
     def work() -> None:
         for each in processes:

@@ -448,6 +448,20 @@ def test_schedule_writes_a_job(fj, session):
     assert "in 8 days" in shown
 
 
+def test_keys_and_rates_can_be_said_too(fj, session):
+    options = ["--backoff", "1m", "--concurrency-key", "k", "--concurrency-limit", 2, "--rate-limit", "100/min"]
+    unique = ["--unique-key", "u"]
+    fj("schedule", "3d", "clishop.fine", *options, *unique)
+    job = only(session)
+    assert (job.concurrency_key, job.concurrency_limit, job.unique_key) == ("k", 2, "u")
+    assert (job.rate_limit, job.options) == ("100/60s", {"backoff": "1m"})
+    session.commit()
+    assert f"job {job.id}" in fj("schedule", "5d", "clishop.fine", *unique, code=1).output
+    fj("schedule", "5d", "clishop.fine", *unique, "--on-conflict", "replace")
+    session.refresh(job)
+    assert abs(job.run_at - datetime.now(UTC) - timedelta(days=5)) < timedelta(minutes=1)
+
+
 def test_schedule_takes_a_list_an_object_both_or_neither(fj, session):
     for payload in ([], ["[]"], ["[1]"], ['{"k": 5}'], ['{"k": 5}', "[1]"]):
         fj("schedule", "1d", "clishop.fine", *payload)

@@ -14,7 +14,7 @@ from typing import IO, Any, TypeVar
 
 import click
 
-from future_jobs.errors import FutureJobsError, IllegalTransition, UnknownRecurring, UsageError
+from future_jobs.errors import AlreadyScheduled, FutureJobsError, IllegalTransition, UnknownRecurring, UsageError
 
 from .output import paint, reserved_stdout, tidy, write_json
 
@@ -237,7 +237,7 @@ class Main(Group):
 
 def _told(error: Exception, given: Given) -> Problem | None:
     """Return what to say about ``error``; None if it is one that a traceback explains best."""
-    if isinstance(error, UnknownRecurring):
+    if isinstance(error, UnknownRecurring | AlreadyScheduled):
         return Problem(str(error), Exit.JOB)
     if isinstance(error, UsageError | IllegalTransition):
         return Problem(str(error))

@@ -31,6 +31,16 @@ def job_options(command: F) -> F:
     """Add the options that say something about a job."""
     for option in (
         click.option("--tag", "tags", multiple=True, metavar="WORD", help="A word to find it by; may be repeated."),
+        click.option("--rate-limit", metavar="RATE", help="So many may start in a time, such as 100/min."),
+        click.option("--concurrency-limit", type=int, metavar="N", help="How many of its key may run. [default: 1]"),
+        click.option("--concurrency-key", metavar="KEY", help="Of the jobs with this key one runs at a time."),
+        click.option(
+            "--on-conflict",
+            type=click.Choice(["raise", "return_existing", "replace"]),
+            help="What to do if another job has its unique key. [default: raise]",
+        ),
+        click.option("--unique-key", metavar="KEY", help="Only if no other job with this key waits or runs."),
+        click.option("--backoff", metavar="DURATION", help="How long to wait after a failure. [default: growing]"),
         click.option("--max-attempts", type=int, metavar="N", help="Try again after a failure, N attempts in all."),
         click.option("--timeout", metavar="DURATION", help="How long one run may take. [default: for ever]"),
         click.option("--priority", type=int, metavar="N", help="-100 to 100; higher runs first. [default: 0]"),
