@@ -1,10 +1,9 @@
 """How a handler is stopped from outside: when its timeout is over, or when its job was cancelled.
 
 A coroutine is cancelled, as asyncio does it. A function runs in a thread, and Python can raise an exception in another
-thread, before its next bytecode. That must hit the handler, and nothing that the thread does afterwards. So there is
-one right to raise it, which is taken by whoever comes first: the watch, when the time is over; or the thread, when the
-handler has returned. If the watch was first, the thread waits until the exception is on its way, and takes it back if
-it has not been raised by then.
+thread, before its next bytecode. That must hit the handler, and nothing that the thread does afterwards. So the watch
+raises it behind a gate, which the thread closes for good when the handler has returned, and takes back what is on its
+way.
 
 Nor should it hit what is delicate: an import, a lock, SQLAlchemy or a driver in the middle of a statement. The watch
 looks at what the thread does, and waits a moment for it to be in the handler's own code. That is not exact, and need
@@ -18,10 +17,9 @@ import math
 import sys
 import threading
 from asyncio import AbstractEventLoop, CancelledError, Task
-from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
-from time import monotonic, sleep
+from time import monotonic
 from traceback import clear_frames
 from typing import Any, TypeVar
 
@@ -36,6 +34,7 @@ DELICATE = DRIVERS | {"sqlalchemy", "logging", "threading", "queue"}
 DELICATE |= {"importlib", "_frozen_importlib", "_frozen_importlib_external"}
 PATIENCE = 0.2  # seconds that something delicate may take
 AGAIN_SECONDS = 0.001
+REPEAT_SECONDS = 1.0  # after which it is raised once more, if the handler goes on
 LONGEST_LOOK = 5.0  # seconds from one look to the next, and for which a watch with nothing to do stays
 
 
@@ -63,9 +62,9 @@ class Interruption:
     def __init__(self, kind: type[BaseException] = Interrupted) -> None:
         self.is_late = False  # its time is over, and it was told so
         self._kind = kind
-        self._right: deque[int] = deque()  # to raise it in this thread; `deque.pop` gives it to one alone
-        self._is_armed = False  # as the thread itself knows
-        self._is_raised = False
+        self._gate = threading.Lock()  # held by whoever raises it, or makes sure that nobody does any more
+        self._thread = 0
+        self._is_armed = False
         self._is_async = False
         self._task: tuple[AbstractEventLoop, Task[Any]] | None = None
 
@@ -73,14 +72,16 @@ class Interruption:
         """Return what ``call`` returns; raise `JobTimeout` if it has not returned after so many ``seconds``."""
         deadlines.add(self, seconds)
         try:
+            self._thread = threading.get_ident()
             self._is_armed = True
-            self._right.append(threading.get_ident())
             try:
                 result = call()
             finally:
                 self._disarm()
-        except (Interrupted, InterruptedAlone, CancelledError) as error:
-            if not self.is_late:
+        except (Exception, Interrupted, CancelledError) as error:
+            self._disarm()  # it may have been this that was interrupted
+            raised = getattr(error, "orig", None) or error  # SQLAlchemy wraps what comes in the middle of a statement
+            if not (self.is_late and isinstance(raised, Interrupted | InterruptedAlone | CancelledError)):
                 raise
             _let_go(error)
             raise JobTimeout(seconds).with_traceback(error.__traceback__) from None
@@ -111,40 +112,33 @@ class Interruption:
 
     def is_delicate(self) -> bool:
         """Tell whether it is in the middle of something that had better not be broken off."""
-        return any(map(_is_delicate, self._right.copy()))
+        return self._is_armed and _is_delicate(self._thread)
 
-    def expire(self) -> None:
-        """Stop it, since its time is over; nothing happens if it has just returned."""
-        try:
-            thread = self._right.pop()
-        except IndexError:
-            if self._is_async:
+    def expire(self) -> bool:
+        """Stop it, since its time is over; tell whether that may have to be done again.
+
+        What is raised may be swallowed: in a finalizer, or by the handler. Nothing happens if it has just returned.
+        """
+        with self._gate:
+            if self._is_armed:
                 self.is_late = True
-                self.cancel()
-            return
-        self.is_late = True
-        _raise_in(thread, self._kind)
-        self._is_raised = True
+                _raise_in(self._thread, self._kind)
+                return True
+        if self._is_async:
+            self.is_late = True
+            self.cancel()
+        return False
 
     def _disarm(self) -> bool:
         """Make sure that nothing is raised in this thread from now on; tell whether nothing was.
 
-        What is raised in here is swallowed: it is the only one.
+        What is raised in here is swallowed.
         """
-        was_first = True
         while self._is_armed:
-            try:
-                try:
-                    self._right.pop()
-                except IndexError:
-                    was_first = False
-                    while not self._is_raised:
-                        sleep(0.0001)
-                    _raise_in(threading.get_ident(), None)
+            with suppress(self._kind), self._gate:
                 self._is_armed = False
-            except self._kind:
-                was_first = False
-        return was_first
+                _raise_in(threading.get_ident(), None)
+        return not self.is_late
 
 
 def _is_delicate(thread: int) -> bool:
@@ -204,8 +198,10 @@ class Deadlines:
                 late = {run: end for run, end in self._ends.items() if end <= now}
                 waits = {run for run, end in late.items() if now - end < PATIENCE and run.is_delicate()}
                 for run in late.keys() - waits:
-                    del self._ends[run]
-                    run.expire()
+                    if run.expire():
+                        self._ends[run] = monotonic() + REPEAT_SECONDS
+                    else:
+                        del self._ends[run]
                 ends = [end for run, end in self._ends.items() if run not in waits]
                 self._looks_at = min([now + (AGAIN_SECONDS if waits else LONGEST_LOOK), *ends])
                 was_called = self._changed.wait(self._looks_at - now)

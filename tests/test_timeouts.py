@@ -37,6 +37,9 @@ def run_by_worker(engine, scheduler, jobs=1):
     scheduler.session.expire_all()
 
 
+# An exception that comes while Python calls a finalizer is swallowed there, and said so; it is then raised once more.
+pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+
 BOTH = pytest.mark.parametrize("run", [run_by_pass, run_by_worker])
 
 
