@@ -456,7 +456,7 @@ def test_keys_and_rates_can_be_said_too(fj, session):
     assert (job.concurrency_key, job.concurrency_limit, job.unique_key) == ("k", 2, "u")
     assert (job.rate_limit, job.options) == ("100/60s", {"backoff": "1m"})
     session.commit()
-    assert f"job {job.id}" in fj("schedule", "5d", "clishop.fine", *unique, code=1).output
+    assert f"job {job.id}" in fj("schedule", "5d", "clishop.fine", *unique, code=1).stderr
     fj("schedule", "5d", "clishop.fine", *unique, "--on-conflict", "replace")
     session.refresh(job)
     assert abs(job.run_at - datetime.now(UTC) - timedelta(days=5)) < timedelta(minutes=1)
