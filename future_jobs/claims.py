@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
 from itertools import groupby
 from typing import NamedTuple
@@ -19,6 +19,7 @@ __all__ = ["Claims", "Taken", "Wish"]
 
 NO_LIMIT = (1 << 63) - 1
 FRAGILE = 3  # a job that was lost this often may be what kills its workers
+HARMLESS = 1  # one that was lost no more than so often was held by one that died, as a rule
 
 
 class Wish(NamedTuple):
@@ -39,8 +40,8 @@ class Taken(NamedTuple):
 class Claims:
     """The levels that one worker knows to have jobs waiting, and what it takes from them.
 
-    A job that was lost before is only taken for a slot that is free now; of those that were lost again and again, one
-    at a time, so that a job which kills its workers takes few others with it.
+    A job that was lost twice is only taken for a slot that is free now; of those that were lost again and again, one at
+    a time, so that a job which kills its workers takes few others with it.
     """
 
     def __init__(
@@ -71,6 +72,21 @@ class Claims:
         """Return ``levels`` without those of paused queues, and with the limited ones as due when a job may start."""
         return self._limits.startable(connection, levels, now=self._time())
 
+    def hear(self, levels: Sequence[Level]) -> None:
+        """Take note of levels in which jobs were just scheduled, as if a look had found them.
+
+        One of a queue that is paused does no harm: the claim takes nothing from it.
+        """
+        if not levels:
+            return
+        found = {level[:2]: level for level in self.view if not level.limited}
+        for level in levels:
+            known = found.get(level[:2])
+            if self.lane_of(level.queue) and (known is None or level.first_at < known.first_at):
+                found[level[:2]] = level
+        limited = [level for level in self.view if level.limited]
+        self.view = statements.in_order([*found.values(), *limited])
+
     def wishes(self, most: float) -> list[Wish]:
         """Return what the lanes can use of what is due, ``most`` jobs in all."""
         now = self._time()
@@ -90,9 +106,9 @@ class Claims:
         view, taken = list(self.view), []
         for lane, free, ahead in wishes:
             rows = self._take_for(connection, lane, view, free, most_losses=self._tolerable())
-            was_lost = any(row.losses for row in rows)  # and so may others be, for which the next slots are kept
-            if len(rows) == free and not was_lost:
-                rows += self._take_for(connection, lane, view, ahead, most_losses=0)
+            is_suspect = any(row.losses > HARMLESS for row in rows)  # as others may be: the next slots are theirs
+            if len(rows) == free and not is_suspect:
+                rows += self._take_for(connection, lane, view, ahead, most_losses=HARMLESS)
             taken.append((lane, rows))
         return Taken(taken, view)
 
@@ -122,7 +138,7 @@ class Claims:
         now = self._time()
         rows: list[Claimed] = []
         due = [level for level in view if level.first_at <= now and self.lane_of(level.queue) is lane]
-        if not most_losses:  # ahead of a free slot: a limited job counts as started when it is claimed
+        if most_losses == HARMLESS:  # ahead of a free slot: a limited job counts as started when it is claimed
             due = [level for level in due if not level.limited]
         for _, group in groupby(due, key=lambda level: level.priority):
             levels = list(group)
@@ -134,7 +150,7 @@ class Claims:
                     rows += found
                     if len(found) < asked:  # nothing is left there, until the next look
                         levels.remove(level)
-                        if most_losses:
+                        if most_losses > HARMLESS:
                             view.remove(level)
                     elif found:
                         levels[levels.index(level)] = view[view.index(level)] = level._replace(

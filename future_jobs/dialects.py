@@ -16,6 +16,8 @@ from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from hashlib import sha256
 from pathlib import Path
+from random import uniform
+from time import monotonic, sleep
 from typing import Any
 
 from sqlalchemy import (
@@ -583,6 +585,7 @@ def configure_sqlite(engine: Engine, *, timeout: timedelta = timedelta(seconds=3
 
 
 MOMENT = 50  # milliseconds
+EAGER_SECONDS = 0.002  # between two tries to get SQLite's write lock
 
 
 @contextmanager
@@ -591,11 +594,18 @@ def impatient(connection: Connection) -> Iterator[None]:
     if connection.dialect.name != "sqlite":
         yield
         return
-    driver = _driver(connection)
-    usual = driver.execute("PRAGMA busy_timeout").fetchone()[0]
-    driver.execute(f"PRAGMA busy_timeout = {MOMENT}")
-    try:
+    with _busy_timeout(connection, MOMENT):
         yield
+
+
+@contextmanager
+def _busy_timeout(connection: Connection, milliseconds: int) -> Iterator[int]:
+    """Wait so long for locks meanwhile; yield how long it is usually, in milliseconds."""
+    driver = _driver(connection)
+    [usual] = driver.execute("PRAGMA busy_timeout").fetchone()
+    driver.execute(f"PRAGMA busy_timeout = {milliseconds}")
+    try:
+        yield usual
     finally:
         driver.execute(f"PRAGMA busy_timeout = {usual}")
 
@@ -627,7 +637,27 @@ def take_write_lock(connection: Connection) -> None:
         return
     if driver.in_transaction:
         connection.connection.rollback()
-    connection.exec_driver_sql("BEGIN IMMEDIATE")
+    _begin_eagerly(connection)
+
+
+def _begin_eagerly(connection: Connection) -> None:
+    """Begin a transaction that writes, as soon as the lock is free.
+
+    SQLite itself looks again at ever longer intervals, up to a tenth of a second; whoever waited longest then comes
+    last, time and again, where others write without a pause. What the library writes is short, much waits for it, and
+    it takes its turn.
+    """
+    began = monotonic()
+    with _busy_timeout(connection, 0) as patience:
+        while True:
+            try:
+                connection.exec_driver_sql("BEGIN IMMEDIATE")
+            except DBAPIError as error:
+                if not is_lock_error(error) or monotonic() - began >= patience / 1000:
+                    raise
+            else:
+                return
+            sleep(uniform(EAGER_SECONDS / 2, EAGER_SECONDS))  # noqa: S311 (not a secret)
 
 
 def begin_before_savepoint(engine: Engine) -> None:

@@ -94,7 +94,8 @@ class Leases:
             began = monotonic()
             steps = [self._attend]
             if began >= renew_at:
-                steps, renew_at = [self.appear, self.renew, self.watch, self._attend], began + pause
+                # First what only reads: others wait for it, and the writes may have to wait for a lock.
+                steps, renew_at = [self.watch, self.renew, self.appear, self._attend], began + pause
             elif began >= self._rescue_at:
                 steps = [self.watch, self._attend]
             for step in steps:

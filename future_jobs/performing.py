@@ -164,7 +164,9 @@ class Performer:
                 status = lifecycle.overrule(connection, token, outcome, now=now, worker=self.worker)
             return status is not None
 
-        return (status if work.finish(settle) else None), ended
+        is_kept = work.finish(settle)
+        self.units.commits += 1
+        return (status if is_kept else None), ended
 
     def _settle(
         self, connection: Connection, token: Token, outcome: Outcome, *, again: bool = False

@@ -13,7 +13,7 @@ from .performing import Ended
 from .slots import Lane
 from .statements import Claimed, Token
 
-__all__ = ["Here", "InThreads", "Outbox", "Perform", "Runner"]
+__all__ = ["Here", "InThreads", "Outbox", "Perform", "Runner", "emptied"]
 
 T = TypeVar("T")
 
@@ -43,14 +43,15 @@ class Outbox:
     def take(self) -> list[Ended]:
         """Return what has ended."""
         self._has_rung = False  # first: what comes from now on rings again
-        return _emptied(self._ended)
+        return emptied(self._ended)
 
     def take_lost(self) -> list[Token]:
         """Return the attempts that the leases will take back, since nobody holds them any more."""
-        return _emptied(self.lost_track)
+        return emptied(self.lost_track)
 
 
-def _emptied(items: deque[T]) -> list[T]:
+def emptied(items: deque[T]) -> list[T]:
+    """Take all of ``items``, to which other threads may add meanwhile."""
     taken = []
     while items:
         taken.append(items.popleft())

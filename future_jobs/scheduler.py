@@ -177,7 +177,7 @@ class Scheduler(Schedules):
                 ids = self._put_many(connection, whole, wishes)
             else:
                 ids = bulk.add_many(connection, drafts, texts)
-            wakeups.announce(self._own(), connection, min(row["run_at"] for row in drafts), now=now)
+            wakeups.announce(self._own(), connection, drafts, now=now)
         if not wishes and events.wanted("scheduled"):
             for job_id, row in zip(ids, drafts, strict=True):
                 _tell_scheduled(job_id, row)
@@ -265,7 +265,7 @@ class Scheduler(Schedules):
             now = self._now()
             was = lifecycle.cancel(connection, job_id, now=now)
             if was is Status.RUNNING:
-                wakeups.announce(self._own(), connection, now, now=now)  # a worker that wakes up looks for it
+                wakeups.announce(self._own(), connection, (), now=now)  # a worker that wakes up looks for it
         if was is None:
             return False
         self._refresh(job_id)
@@ -287,7 +287,7 @@ class Scheduler(Schedules):
         job_id = _id_of(job)
         self.session.flush()
         with self._connection() as connection:
-            found = statements.times_of(connection, job_id)
+            found = statements.place_of(connection, job_id)
         if found is None:
             return False
         run_at = resolve(when, now=self._now(), timezone=self.timezone)
@@ -298,7 +298,7 @@ class Scheduler(Schedules):
         with self._connection() as connection:
             won = lifecycle.revive(connection, job_id, run_at=run_at, expires_at=expires_at)
             if won:
-                wakeups.announce(self._own(), connection, run_at, now=self._now())
+                wakeups.announce(self._own(), connection, [{**found._asdict(), "run_at": run_at}], now=self._now())
         if won:
             self._refresh(job_id)
             if running := execution.running.get():
@@ -339,7 +339,7 @@ class Scheduler(Schedules):
         self.session.flush()
         with self._connection() as connection:
             now = self._now()
-            wakeups.announce(self._own(), connection, now, now=now)
+            wakeups.announce(self._own(), connection, (), now=now)
             return limit_statements.resume(connection, queue)
 
     # --- looking
@@ -543,7 +543,7 @@ class Scheduler(Schedules):
             if row.get("unique_key") is not None:
                 return self._put(connection, row, on_conflict)
             job = statements.add(self._own(), connection, row)
-            wakeups.announce(self._own(), connection, row["run_at"], now=row["created_at"])
+            wakeups.announce(self._own(), connection, [row], now=row["created_at"])
         if events.wanted("scheduled"):
             _tell_scheduled(job.id, row)
         return job
@@ -554,7 +554,7 @@ class Scheduler(Schedules):
         if _is_refused(put, on_conflict):
             raise _taken({0: put}, [row], {0: on_conflict})
         if put.is_new or put.is_replaced:
-            wakeups.announce(self._own(), connection, row["run_at"], now=row["created_at"])
+            wakeups.announce(self._own(), connection, [row], now=row["created_at"])
         if put.is_new:
             job = statements.persistent(self._own(), row, put.known_id)
         else:

@@ -237,7 +237,7 @@ class Schedules:
         with self._connection() as connection:
             added = tick_statements.add_jobs(connection, found.id, rows)
             if added:
-                wakeups.announce(self._own(), connection, now, now=now)
+                wakeups.announce(self._own(), connection, (), now=now)
         for job_id, row in added.items():
             told = {each: row[each] for each in ("callable_name", "queue", "run_at")}
             events.emit("scheduled", job_id=job_id, **told)

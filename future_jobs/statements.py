@@ -27,6 +27,7 @@ from sqlalchemy import (
     and_,
     bindparam,
     delete,
+    exists,
     func,
     insert,
     literal,
@@ -46,7 +47,7 @@ from sqlalchemy.schema import Table
 from sqlalchemy.sql.dml import Update
 
 from .dialects import Backend, Encoded, UTCDateTime, backend_of, is_guided
-from .models import JobFailure, ScheduledJob
+from .models import JobFailure, Queue, ScheduledJob
 from .status import Status
 
 __all__ = ["Claimed", "Level", "Token"]
@@ -124,6 +125,7 @@ KEEPS_ITS_KEY = or_(J.unique_key.is_(None), J.unique_until == literal_column("'f
 ONE_MORE_FAILURE = J.failures + 1
 ONE_MORE_ATTEMPT = J.attempt + 1
 # A null expiry is "never". A job whose expiry equals now still runs.
+NOT_PAUSED = ~exists().where(Queue.name == bindparam("in_queue"))
 NOT_EXPIRED = or_(J.expires_at.is_(None), J.expires_at >= bindparam("now", type_=UTCDateTime))
 
 AS_TEXT = {"args", "kwargs", "options", "tags"}  # JSON, decoded once, by the room that needs it
@@ -211,7 +213,12 @@ def levels(connection: Connection) -> list[Level]:
         found = [Level(*row) for row in connection.execute(_levels_at_once())]
     else:
         found = [level for limited in (False, True) for level in _levels_by_steps(connection, limited)]
-    return sorted(found, key=lambda level: (rank(level.priority), level.first_at))
+    return in_order(found)
+
+
+def in_order(levels: Iterable[Level]) -> list[Level]:
+    """Return ``levels`` as they are claimed from: best priority first, then who has waited longest."""
+    return sorted(levels, key=lambda level: (rank(level.priority), level.first_at))
 
 
 def rank(priority: object) -> int:
@@ -327,11 +334,12 @@ def listen(connection: Connection) -> None:
     connection.execute(text(f"LISTEN {_CHANNEL}"))
 
 
-def times_of(connection: Connection, job_id: int) -> Any:
-    """Return ``nominal_at`` and ``expires_at`` of a job; None if it does not exist. Primary key."""
-    return connection.execute(
-        select(J.nominal_at, J.expires_at).where(J.id == bindparam("_id")), {"_id": job_id}
-    ).first()
+def place_of(connection: Connection, job_id: int) -> Any:
+    """Return the level of a job, ``nominal_at`` and ``expires_at``; None if it does not exist. Primary key."""
+    return connection.execute(_PLACE, {"_id": job_id}).first()
+
+
+_PLACE = select(J.queue, J.priority, J.limited, J.nominal_at, J.expires_at).where(J.id == bindparam("_id"))
 
 
 # --- claiming -----------------------------------------------------------------------------------------------------
@@ -353,7 +361,7 @@ def claim(
     """Take up to ``limit`` due jobs of ``level`` that come after ``after``, in order of ``(run_at, id)``.
 
     Rows that another claimer holds are skipped, never waited for; so are jobs that were lost less or more often than
-    ``losses`` says.
+    ``losses`` says. From a paused queue nothing is taken.
     """
     backend = backend_of(connection)
     _guide(connection)
@@ -412,6 +420,7 @@ def _due(backend: Backend) -> Select[Any]:
             J.id <= bindparam("newest"),
             J.losses.between(bindparam("least_losses"), bindparam("most_losses")),
             NOT_EXPIRED,
+            NOT_PAUSED,
         )
         .order_by(J.run_at, J.id)
         .limit(bindparam("limit"))

@@ -61,6 +61,7 @@ class Units:
     def __init__(self, bind: Engine | Connection) -> None:
         self.bind = bind
         self.backend = backend_of(bind)
+        self.commits = 0  # a number that grows with them; threads that commit at once may count as one
         self.engine = bind if isinstance(bind, Engine) else bind.engine
 
     @property
@@ -125,3 +126,4 @@ class Units:
             yield connection
             if not writing:
                 transaction.rollback()
+        self.commits += writing

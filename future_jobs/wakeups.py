@@ -15,8 +15,8 @@ import random
 import selectors
 import socket
 import threading
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from functools import cache, partial
 from pathlib import Path
@@ -30,15 +30,18 @@ from sqlalchemy.orm import Session, SessionTransaction
 from . import events, statements
 from .dialects import backend_of, change_counter, is_single_connection, received
 from .errors import InvalidArgument, shown
+from .statements import Level
 from .times import seconds_of
 
 __all__ = ["Alarm", "Listener", "Watch", "announce", "listen", "notify_workers", "unlisten", "watch"]
 
-Wake = Callable[[datetime], None]
+Wake = Callable[[Sequence[Level]], None]
 
 BUSY_SECONDS, IDLE_SECONDS = 0.005, 0.0125  # between two looks at the count of commits
-CROWDED_SECONDS = 0.1  # the same at most, while one commit follows the other
+CROWDED_SECONDS = 0.1  # from one wake to the next at most, while one commit follows the other
+OWN_SECONDS = 0.025  # after a commit of the worker itself, behind which another may hide
 FIRST_PAUSE, LONGEST_PAUSE = 0.1, 30.0  # seconds until a lost connection is replaced
+MOST_LEVELS = 16  # that a commit tells of
 PROBE_SECONDS = 30.0  # a connection that nobody speaks on is one that a firewall forgets
 
 
@@ -94,7 +97,10 @@ def notify_workers(engine: E, *, within: str | timedelta = "1s") -> E:
 
 
 def listen(engine: Engine, wake: Wake) -> None:
-    """Call ``wake(run_at)`` whenever a Session of this process has committed a job to the database of ``engine``."""
+    """Call ``wake(levels)`` whenever a Session of this process has committed jobs to the database of ``engine``.
+
+    ``levels`` are those that the jobs are in, with the earliest time of each. None: something else is to be looked for.
+    """
     name = _database(engine)
     with _changing:
         _sleepers[name] = (*_sleepers.get(name, ()), wake)
@@ -111,17 +117,37 @@ def unlisten(engine: Engine, wake: Wake) -> None:
 
 @dataclass(slots=True)
 class _Note:
-    """The earliest job that a transaction has scheduled through one connection, and whether it sent a NOTIFY."""
+    """What a transaction has scheduled through one connection, the earliest job of each level first and last of all."""
 
-    run_at: datetime
-    is_sent: bool = False
+    levels: dict[_Place, Level] = field(default_factory=dict)
+    is_vague: bool = False  # there is something to look for that is no level, or are too many levels
+    is_sent: bool = False  # by NOTIFY
 
+    def add(self, other: _Note) -> None:
+        """Take note of what ``other`` does."""
+        for place, level in other.levels.items():
+            known = self.levels.get(place)
+            if known is None or level.first_at < known.first_at:
+                self.levels[place] = level
+        self.is_vague |= other.is_vague or len(self.levels) > MOST_LEVELS
+        self.is_sent |= other.is_sent
+
+    @property
+    def told(self) -> list[Level]:
+        """What is told when it is committed."""
+        return [] if self.is_vague else list(self.levels.values())
+
+
+_Place = tuple[str, int, bool]  # a level without its time
 
 _Notes = dict[SessionTransaction, dict[Connection, _Note]]
 
 
-def announce(session: Session, connection: Connection, run_at: datetime, *, now: datetime) -> None:
-    """Tell workers about a job for ``run_at``, which ``session`` has written, once that is committed."""
+def announce(session: Session, connection: Connection, jobs: Iterable[Mapping[str, Any]], *, now: datetime) -> None:
+    """Tell workers about ``jobs``, rows which ``session`` has written, once that is committed.
+
+    None: something else is to be looked for at once.
+    """
     within: timedelta | None = connection.get_execution_options().get(_NOTIFY)
     if within is None and (not _sleepers or _database(connection.engine) not in _sleepers):
         return
@@ -129,14 +155,27 @@ def announce(session: Session, connection: Connection, run_at: datetime, *, now:
     if transaction is None:
         return
     _hear_sessions()
+    news = _noted(jobs)
     notes: _Notes = session.info.setdefault(_NOTES, {})
-    note = notes.setdefault(transaction, {}).setdefault(connection, _Note(run_at))
-    note.run_at = min(note.run_at, run_at)
+    note = notes.setdefault(transaction, {}).setdefault(connection, _Note())
+    note.add(news)
     # A transaction that has sent one cannot be prepared for a two-phase commit.
-    is_wanted = within is not None and run_at - now <= within and not session.twophase
+    first_at = min((level.first_at for level in news.told), default=now)
+    is_wanted = within is not None and first_at - now <= within and not session.twophase
     if is_wanted and backend_of(connection).notifies and not _is_sent(notes, transaction, connection):
         statements.notify(connection)
         note.is_sent = True
+
+
+def _noted(jobs: Iterable[Mapping[str, Any]]) -> _Note:
+    note = _Note()
+    for row in jobs:
+        place = row["queue"], row["priority"], row["limited"]
+        known = note.levels.get(place)
+        if known is None or row["run_at"] < known.first_at:
+            note.levels[place] = Level(place[0], place[1], row["run_at"], place[2])
+    note.is_vague = not note.levels
+    return note
 
 
 def _is_sent(notes: _Notes, transaction: SessionTransaction | None, connection: Connection) -> bool:
@@ -163,12 +202,11 @@ def _committed(session: Session) -> None:
     outer = transaction.parent
     for connection, note in mine.items():
         if outer is not None:  # a SAVEPOINT is released: from now on it is the matter of what is around it
-            kept = notes.setdefault(outer, {}).setdefault(connection, note)
-            kept.run_at, kept.is_sent = min(kept.run_at, note.run_at), kept.is_sent or note.is_sent
+            notes.setdefault(outer, {}).setdefault(connection, _Note()).add(note)
         elif connection.in_transaction():
-            _wait_for(connection, note.run_at)
+            _wait_for(connection, note)
         else:
-            _wake(_database(connection.engine), note.run_at)
+            _wake(_database(connection.engine), note)
 
 
 def _ended(session: Session, transaction: SessionTransaction) -> None:
@@ -176,9 +214,9 @@ def _ended(session: Session, transaction: SessionTransaction) -> None:
         notes.pop(transaction, None)  # it was not committed
 
 
-def _wake(name: str, run_at: datetime) -> None:
+def _wake(name: str, note: _Note) -> None:
     for wake in _sleepers.get(name, ()):
-        wake(run_at)
+        wake(note.told)
 
 
 # A Session may work in a transaction that somebody else began on its Connection: that of a job, or of a test. Only the
@@ -186,10 +224,9 @@ def _wake(name: str, run_at: datetime) -> None:
 # it begins again, or goes back to its pool.
 
 
-def _wait_for(connection: Connection, run_at: datetime) -> None:
-    name = _database(connection.engine)
-    _, earliest = connection.info.get(_JOINED, (name, run_at))
-    connection.info[_JOINED] = name, min(earliest, run_at)
+def _wait_for(connection: Connection, note: _Note) -> None:
+    joined = connection.info.setdefault(_JOINED, (_database(connection.engine), _Note()))
+    joined[1].add(note)
     event.listen(connection, "commit", _commits)
     event.listen(connection, "rollback", _rolls_back)
     event.listen(connection, "begin", _begins)
@@ -230,11 +267,15 @@ def _database(engine: Engine) -> str:
 
 
 class Watch:
-    """A thread that calls ``wake`` when others have committed, where the database has a count of that."""
+    """A thread that calls ``wake`` when others have committed, where the database has a count of that.
 
-    def __init__(self, engine: Engine, wake: Callable[[], Any]) -> None:
+    ``own`` counts the commits of those for whom it watches, as far as they do: they need not be woken for these.
+    """
+
+    def __init__(self, engine: Engine, wake: Callable[[], Any], *, own: Callable[[], int] = lambda: 0) -> None:
         self._engine = engine
         self._wake = wake
+        self._own = own
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._run, name=f"future_jobs {type(self).__name__}", daemon=True)
 
@@ -280,18 +321,22 @@ class Watch:
         return count and partial(self._follow, count)
 
     def _follow(self, count: Callable[[], int]) -> None:
-        seen, pause, woke_at, rest = count(), BUSY_SECONDS, monotonic(), BUSY_SECONDS
+        seen, own, pause = count(), self._own(), BUSY_SECONDS
+        rest, woke_at, wake_at = BUSY_SECONDS, monotonic(), math.inf
         self._wake()  # for what came while nobody looked
         while not self._over.wait(pause):
-            found = count()
-            if found == seen:
+            own_before, own = own, self._own()
+            seen_before, seen = seen, count()
+            now = monotonic()
+            if seen != seen_before:
+                wake_at = min(wake_at, woke_at + rest if own == own_before else now + OWN_SECONDS)
+                pause = BUSY_SECONDS
+            elif wake_at == math.inf:
                 pause = min(pause * 1.1, IDLE_SECONDS)
-                continue
-            # The worker's own commits count as well: while it commits all the time it looks often enough by itself.
-            is_crowded = monotonic() - woke_at < 2 * rest
-            pause = rest = min(2 * rest, CROWDED_SECONDS) if is_crowded else BUSY_SECONDS
-            seen, woke_at = found, monotonic()
-            self._wake()
+            if now >= wake_at:
+                rest = min(2 * rest, CROWDED_SECONDS) if now - woke_at < 2 * rest else BUSY_SECONDS
+                woke_at, wake_at = now, math.inf
+                self._wake()
 
 
 class Listener(Watch):
@@ -325,6 +370,6 @@ class Listener(Watch):
                     self._wake()
 
 
-def watch(engine: Engine, wake: Callable[[], Any], *, notify: bool) -> Watch:
+def watch(engine: Engine, wake: Callable[[], Any], *, own: Callable[[], int], notify: bool) -> Watch:
     """Return what notices the commits of others: notifications if ``notify``, else the count of commits."""
-    return Listener(engine, wake) if notify else Watch(engine, wake)
+    return Listener(engine, wake) if notify else Watch(engine, wake, own=own)

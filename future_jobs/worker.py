@@ -14,7 +14,8 @@ import math
 import os
 import signal
 import threading
-from collections.abc import AsyncIterator, Iterable, Iterator, Mapping
+from collections import deque
+from collections.abc import AsyncIterator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import asynccontextmanager, contextmanager, suppress
 from datetime import datetime, timedelta, tzinfo
@@ -41,7 +42,7 @@ from .models import SCHEDULER
 from .passes import worker_name
 from .patience import PatientUnits
 from .performing import Ended, tell, tell_released, told
-from .runners import Here, InThreads, Outbox, Runner
+from .runners import Here, InThreads, Outbox, Runner, emptied
 from .scheduler import Scheduler
 from .sessions import InRegistry, Kept
 from .slots import STALL_SECONDS, Lane, Threads, lanes_of
@@ -142,6 +143,8 @@ class Worker:
         self.ran = 0
         self._alarm = wakeups.Alarm()
         self._held: dict[Token, Claimed] = {}
+        self._told: deque[Level] = deque()  # levels in which this process has scheduled something that is due
+        self._looks_next = False  # what it was told of is claimed first
         self._stale_after = 0.0
         self._rested_at = 0.0  # until when looks take no more than a twentieth of the time of a busy worker
         self._misses = 0
@@ -181,9 +184,12 @@ class Worker:
                 waits_again = True  # what they have scheduled there woke nobody here
             is_stale = waits_again or monotonic() >= min(self._stale_after, crew.tick_at)
             put_off = self._rest() if is_stale else 0.0
+            told = emptied(self._told)
+            crew.claims.hear(told)
+            self._looks_next = bool(told) and is_stale and not self._looks_next
             if put_off:
                 self._stale_after = 0.0
-            elif is_stale:
+            elif is_stale and not self._looks_next:
                 self._look(crew)
             wishes = [] if self.is_stopping else crew.claims.wishes(self._left())
             claimed = self._settle_and_claim(crew, done, wishes) if done or wishes else 0
@@ -192,7 +198,7 @@ class Worker:
             raise
         for lane in self.lanes.values():
             crew.runner.start(lane)
-        delay = self._delay(crew, wanted=bool(wishes), claimed=claimed)
+        delay = 0.0 if self._looks_next else self._delay(crew, wanted=bool(wishes), claimed=claimed)
         return min(delay, put_off) if put_off else delay
 
     def run(self, *, timeout: str | timedelta = "30s") -> None:
@@ -344,10 +350,18 @@ class Worker:
         self._stale_after = 0.0
         self._alarm.ring()
 
-    def _wake_for(self, run_at: datetime) -> None:
+    def _wake_for(self, levels: Sequence[Level]) -> None:
+        """Hear what a commit of this process has scheduled: nothing needs to be looked for before it is claimed."""
         crew = self._crew
-        if crew is not None and os.getpid() == self._pid and (run_at - crew.now()).total_seconds() < self.poll:
+        if crew is None or os.getpid() != self._pid:
+            return
+        now = crew.now()
+        soon = [level for level in levels if (level.first_at - now).total_seconds() < self.poll]
+        if not levels or any(level.limited or level.first_at > now for level in soon):
             self._wake()
+        elif soon:
+            self._told.extend(soon)
+            self._alarm.ring()
 
     # --- beginning
 
@@ -411,7 +425,7 @@ class Worker:
             context=context,
             performer=performer,
             leases=leases,
-            watch=wakeups.watch(units.engine, self._wake, notify=self.notify),
+            watch=wakeups.watch(units.engine, self._wake, own=lambda: units.commits, notify=self.notify),
             claims=Claims(self.lanes, worker=name, time=now, lease_end=leases.end),
             runner=self._runner(performer, outbox, kept),
             outbox=outbox,

@@ -61,6 +61,27 @@ def test_a_worker_leaves_a_paused_queue_alone(engine, scheduler, session):
     assert paused.status is Status.COMPLETE
 
 
+def test_a_worker_takes_nothing_from_a_queue_that_was_paused_since_it_looked(engine, scheduler, session):
+    scheduler.enqueue(RECORD, queue="mail")
+    session.commit()
+    worker = Worker(engine, queues={"mail": 1}, prefetch=0)
+    worker.tick()  # it has seen the queue
+    scheduler.pause_queue("mail")
+    session.commit()
+    job = scheduler.enqueue(RECORD, queue="mail")
+    session.commit()  # which tells the worker
+    worker.tick()
+    worker.tick()
+    session.expire_all()
+    assert job.status is Status.SCHEDULED
+    scheduler.resume_queue("mail")
+    session.commit()
+    worker.max_jobs = 2
+    worker.run()
+    session.expire_all()
+    assert job.status is Status.COMPLETE
+
+
 @pytest.mark.parametrize("queue", [None, 3, b"mail"])
 def test_what_is_no_name_of_a_queue_is_refused(scheduler, queue):
     with pytest.raises(InvalidArgument, match="queue"):

@@ -1,11 +1,16 @@
-"""Units of work whose connection the server ends."""
+"""Units of work whose connection the server ends, or that wait for a lock."""
 
+import threading
+from datetime import timedelta
 from secrets import token_hex
+from time import monotonic
 
 import pytest
 from sqlalchemy import create_engine, text
+from sqlalchemy.exc import OperationalError
 
-from future_jobs import statements
+from future_jobs import configure_sqlite, statements
+from future_jobs.dialects import take_write_lock
 from future_jobs.units import Units
 
 
@@ -69,3 +74,42 @@ def test_a_unit_sees_what_others_commit_meanwhile_whatever_the_engine_is_set_to(
     with engine.connect() as connection:
         assert look(connection) == [1, 1]
     engine.dispose()
+
+
+@pytest.fixture
+def locked(tmp_path):
+    """A connection that waits for locks no longer than it was told to, and one that has SQLite's only one."""
+    engine = configure_sqlite(create_engine(f"sqlite:///{tmp_path}/shop.db"), timeout=timedelta(seconds=0.2))
+    with engine.connect() as connection, engine.connect() as holder:
+        holder.exec_driver_sql("BEGIN IMMEDIATE")
+        yield connection, holder
+    engine.dispose()
+
+
+def test_the_write_lock_is_waited_for_no_longer_than_the_engine_says(locked):
+    connection, _ = locked
+    began = monotonic()
+    with connection.begin(), pytest.raises(OperationalError, match="locked"):
+        take_write_lock(connection)
+    assert monotonic() - began >= 0.2
+    assert connection.scalar(text("PRAGMA busy_timeout")) == 200
+
+
+def test_the_write_lock_is_taken_once_it_is_free(locked):
+    connection, holder = locked
+    connection.exec_driver_sql("PRAGMA busy_timeout = 20000")
+    taken = threading.Event()
+
+    def take():
+        with connection.begin():
+            take_write_lock(connection)
+            taken.set()
+
+    connection.rollback()
+    thread = threading.Thread(target=take)
+    thread.start()
+    assert not taken.is_set()
+    holder.rollback()
+    assert taken.wait(20)
+    thread.join()
+    assert connection.scalar(text("PRAGMA busy_timeout")) == 20_000

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from datetime import datetime, timedelta
+from datetime import timedelta
 from time import monotonic
 from types import SimpleNamespace
 
@@ -21,14 +21,15 @@ from future_jobs import (
     notify_workers,
     wakeups,
 )
+from future_jobs.statements import Level
 from future_jobs.wakeups import Alarm, Listener, Watch
 from tests import processes
 
 
 @pytest.fixture
 def woken(engine):
-    """For when jobs were committed, as a worker on an engine of its own hears it."""
-    woken: list[datetime] = []
+    """The levels of jobs that were committed, as a worker on an engine of its own hears it."""
+    woken: list[list[Level]] = []
     wakeups.listen(engine, woken.append)
     yield woken
     wakeups.unlisten(engine, woken.append)
@@ -39,7 +40,7 @@ def test_a_commit_wakes(scheduler, session, woken):
     session.flush()
     assert woken == []
     session.commit()
-    assert woken == [job.run_at]
+    assert woken == [[Level("default", 0, job.run_at)]]
 
 
 def test_a_rollback_does_not(scheduler, session, woken):
@@ -55,7 +56,7 @@ def test_a_savepoint_that_is_rolled_back_does_not(scheduler, session, woken):
         scheduler.schedule("1s", "tests.jobs.record")
         savepoint.rollback()
     session.commit()
-    assert woken == [kept.run_at]
+    assert woken == [[Level("default", 0, kept.run_at)]]
 
 
 def test_nor_one_inside_of_that(scheduler, session, woken):
@@ -75,12 +76,35 @@ def test_a_released_savepoint_wakes_at_the_outermost_commit(scheduler, session, 
     assert len(woken) == 1
 
 
-def test_many_jobs_wake_once_for_the_earliest(scheduler, session, woken):
+def test_many_jobs_wake_once_for_the_earliest_of_each_level(scheduler, session, woken):
     scheduler.schedule("1h", "tests.jobs.record")
     first = scheduler.enqueue("tests.jobs.record")
-    scheduler.schedule_many("2h", "tests.jobs.record", [{} for _ in range(10)])
+    calls = [{}, {"queue": "mail"}, {"queue": "mail", "priority": 1}, {"queue": "mail", "concurrency_key": "k"}]
+    scheduler.schedule_many("2h", "tests.jobs.record", calls * 3)
     session.commit()
-    assert woken == [first.run_at]
+    [levels] = woken
+    later = levels[1].first_at
+    assert levels == [
+        Level("default", 0, first.run_at),
+        Level("mail", 0, later),
+        Level("mail", 1, later),
+        Level("mail", 0, later, limited=True),
+    ]
+
+
+def test_more_levels_than_are_worth_telling_are_to_be_looked_for(scheduler, session, woken):
+    scheduler.schedule_many("1h", "tests.jobs.record", [{"queue": f"q{n}"} for n in range(100)])
+    session.commit()
+    assert woken == [[]]
+
+
+def test_a_job_that_is_retried_wakes_for_its_level(scheduler, session, woken):
+    job = scheduler.schedule("1h", "tests.jobs.record", queue="mail", priority=3)
+    scheduler.cancel(job)
+    session.commit()
+    assert scheduler.retry(job)
+    session.commit()
+    assert woken[1:] == [[Level("mail", 3, job.run_at)]]
 
 
 def test_the_next_transaction_begins_anew(scheduler, session, woken):
@@ -103,7 +127,7 @@ def test_another_engine_on_the_same_database_is_the_same_database(engine, kind, 
 
 
 def test_another_database_is_not(scheduler, session, tmp_path):
-    woken: list[datetime] = []
+    woken: list[list[Level]] = []
     other = create_engine(f"sqlite:///{tmp_path}/another.db")
     wakeups.listen(other, woken.append)
     scheduler.enqueue("tests.jobs.record")
@@ -249,6 +273,24 @@ def test_a_commit_by_anybody_is_seen_where_the_database_counts_them(engine, sche
     watch = Watch(engine, wakes.release)
     watch.start()
     assert wakes.acquire(timeout=20)  # it watches
+    scheduler.schedule("1h", "tests.jobs.record")
+    session.commit()
+    assert wakes.acquire(timeout=20)
+    watch.stop()
+
+
+@pytest.mark.parametrize("kind", ["file"], indirect=True)
+def test_a_commit_that_may_hide_behind_one_of_the_workers_own_is_seen(engine, scheduler, session):
+    wakes, own = threading.Semaphore(0), 0
+
+    def count():
+        nonlocal own
+        own += 1  # always busy
+        return own
+
+    watch = Watch(engine, wakes.release, own=count)
+    watch.start()
+    assert wakes.acquire(timeout=20)
     scheduler.schedule("1h", "tests.jobs.record")
     session.commit()
     assert wakes.acquire(timeout=20)

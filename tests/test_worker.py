@@ -12,7 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime, timedelta
 
 import pytest
-from sqlalchemy import create_engine, event, make_url, select, update
+from sqlalchemy import Engine, create_engine, event, make_url, select, update
 from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.orm import Session, scoped_session, sessionmaker
 from sqlalchemy.pool import QueuePool, StaticPool
@@ -152,6 +152,35 @@ def test_jobs_that_were_lost_again_and_again_run_one_at_a_time(parallel, schedul
         stage.wait_for(lambda: len(stage.ended) == 6)
     assert stage.most == 3
     assert statuses(session) == {"complete": 6}
+
+
+def test_a_job_that_was_lost_once_need_not_wait_for_a_free_slot(engine, scheduler, session):
+    ids = scheduler.schedule_many("0s", "tests.workjobs.note", [{"args": [n]} for n in range(4)])
+    session.execute(update(ScheduledJob).where(ScheduledJob.id == ids[2]).values(losses=1))
+    session.execute(update(ScheduledJob).where(ScheduledJob.id == ids[3]).values(losses=2))
+    session.commit()
+    claimed = []
+    listener = events.listen("claimed", lambda job_id, **_: claimed.append(job_id))
+    worker = Worker(engine, queues={"default": 1}, prefetch=10)
+    worker.tick()
+    events.unlisten("claimed", listener)
+    worker.stop()
+    assert claimed == ids[:3]
+
+
+def test_what_this_process_has_scheduled_is_claimed_before_anything_else_is_looked_for(engine, scheduler, session):
+    worker = Worker(engine)
+    worker.tick()
+    said = []
+    event.listen(Engine, "before_cursor_execute", hear := lambda *args: said.append(args[2]))
+    scheduler.enqueue("tests.workjobs.note", args=[1])
+    session.commit()
+    said.clear()
+    worker.tick()
+    event.remove(Engine, "before_cursor_execute", hear)
+    worker.stop()
+    about_jobs = [each for each in said if "future_jobs_scheduled_job" in each]
+    assert "leased_until" in about_jobs[0] or "FOR UPDATE" in about_jobs[0]
 
 
 def test_one_that_stalls_is_overtaken_by_the_others(parallel, scheduler, session, stage):
