@@ -119,6 +119,10 @@ class Claims:
             self._limits.took(rows)
             self._fragile.update(row.token for row in rows if row.losses >= FRAGILE)
 
+    def is_waiting_for(self, token: Token) -> bool:
+        """Tell whether another job may wait for the end of this attempt. Any thread may ask."""
+        return token in self._fragile or self._limits.holds(token.id)
+
     def ended(self, token: Token) -> bool:
         """Take note that an attempt is over; tell whether another job may have waited for that."""
         self._fragile.discard(token)

@@ -107,11 +107,11 @@ def opener(
     make: Callable[[], Any], engine: Engine, info: dict[str, Any], kept: Kept
 ) -> Callable[[Claimed], JobSession]:
     """Return what opens the Session of a job on ``engine``, with ``info`` for who asks for it."""
-    lend = Engine.connect if is_single_connection(engine) else kept.lend
+    lender = None if is_single_connection(engine) else kept
 
     def open_session(row: Claimed) -> JobSession:
         joined = row.options is None or '"transaction":"own"' not in row.options
         hold = partial(statements.hold, token=row.token)
-        return JobSession(make, engine, hold=hold, joined=joined, info=info, lend=lend)
+        return JobSession(make, engine, hold=hold, joined=joined, info=info, lender=lender)
 
     return open_session

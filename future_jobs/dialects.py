@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
+from functools import partial
 from hashlib import sha256
 from pathlib import Path
 from random import uniform
@@ -64,11 +65,11 @@ __all__ = [
     "claim_indexes",
     "concurrency_index",
     "configure_sqlite",
-    "guide_planner",
     "insert_unless_there",
     "is_guided",
-    "job_transaction",
+    "keep_for_own",
     "partial_index",
+    "prepare_for_job",
 ]
 
 DRIVERS = frozenset({"sqlite3", "psycopg", "psycopg_pool", "psycopg2", "pymysql", "MySQLdb", "mysql", "mariadb"})
@@ -318,7 +319,7 @@ class Backend:
 
     def isolated(self, connection: Connection) -> Connection:
         """Return ``connection``, at the level of the library's own transactions where telling it costs nothing."""
-        if self.isolation_level is None or self.level_by_statement:
+        if self.isolation_level is None or self.level_by_statement or _OURS in connection.info:
             return connection
         return connection.execution_options(isolation_level=self.isolation_level)
 
@@ -328,7 +329,7 @@ class Backend:
         On SQLite one that writes takes the write lock first, so that the busy timeout applies: a transaction that reads
         first and then writes fails at once when another process wrote in between, however long the timeout.
         """
-        if self.level_by_statement:
+        if self.level_by_statement and _OURS not in connection.info:
             connection.exec_driver_sql(f"SET TRANSACTION ISOLATION LEVEL {self.isolation_level}")
         if writing and self.name == "sqlite":
             take_write_lock(connection)
@@ -396,27 +397,32 @@ def insert_unless_there(backend: Backend, table: Table) -> Insert:
     return postgresql.insert(table).on_conflict_do_nothing()
 
 
-_GUIDED = "future_jobs.guided"  # in a connection's info: its planner was told for good
+_OURS = "future_jobs.ours"  # in a connection's info: it was set up for good
 
 
-def guide_planner(engine: Engine) -> None:
-    """Keep the planner from what `Backend.planner` names, on all connections of ``engine``, which is our own."""
-    settings = backend_of(engine).planner
+def keep_for_own(engine: Engine) -> None:
+    """Set the connections of ``engine`` up for the library's own transactions, once and not for each.
+
+    They are at its isolation level, and the planner is kept from what `Backend.planner` names.
+    """
+    backend = backend_of(engine)
 
     def connected(connection: Any, record: Any) -> None:
+        if backend.isolation_level is not None:
+            engine.dialect.set_isolation_level(connection, backend.isolation_level)  # type: ignore[arg-type]
         with connection.cursor() as cursor:
-            for name in settings:
+            for name in backend.planner:
                 cursor.execute(f"SET {name} = off")
         connection.commit()
-        record.info[_GUIDED] = True
+        record.info[_OURS] = True
 
-    if settings:
+    if backend.isolation_level is not None:
         event.listen(engine, "connect", connected)
 
 
 def is_guided(connection: Connection) -> bool:
     """Tell whether the planner of ``connection`` needs not be told."""
-    return not backend_of(connection).planner or _GUIDED in connection.info
+    return not backend_of(connection).planner or _OURS in connection.info
 
 
 def check_version(connection: Connection) -> None:
@@ -675,33 +681,30 @@ def _begin_immediate(connection: Connection, name: str | None) -> None:  # noqa:
         connection.exec_driver_sql("BEGIN IMMEDIATE")
 
 
-@contextmanager
-def job_transaction(connection: Connection) -> Iterator[None]:
+def prepare_for_job(connection: Connection) -> Callable[[], None] | None:
     """Let a handler read without holding SQLite's write lock, and write without failing because others wrote.
 
     The driver's default does both: reads run outside a transaction and the first write begins one. An engine that was
-    configured otherwise is put into that mode for the time of one job; see `begin_lazily`.
+    configured otherwise is put into that mode for the time of one job; what is returned undoes that. See
+    `begin_lazily`.
     """
     if connection.dialect.name != "sqlite" or connection.in_transaction():  # the latter: somebody else's, around it all
-        yield
-        return
+        return None
     raw = _driver(connection)
     lazy = {"isolation_level": ""}
     if hasattr(raw, "autocommit"):  # Python 3.12
         lazy["autocommit"] = sqlite3.LEGACY_TRANSACTION_CONTROL  # type: ignore[attr-defined]
     before = {name: getattr(raw, name) for name in lazy}
     if before == lazy:
-        yield
-        return
-    raw.rollback()
-    for name, value in lazy.items():
-        setattr(raw, name, value)
-    try:
-        yield
-    finally:
+        return None
+
+    def put(settings: dict[str, Any]) -> None:
         raw.rollback()
-        for name, value in before.items():
+        for name, value in settings.items():
             setattr(raw, name, value)
+
+    put(lazy)
+    return partial(put, before)
 
 
 def begin_lazily(connection: Connection) -> Transaction:

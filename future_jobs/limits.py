@@ -160,6 +160,10 @@ class Limits:
                 if row.concurrency_limit is not None and running[row.concurrency_key] >= row.concurrency_limit:
                     place.full[row.limited_by] = (row, None)
 
+    def holds(self, job_id: int) -> bool:
+        """Tell whether a job of this claimer is limited."""
+        return job_id in self._mine
+
     def freed(self, job_ids: Iterable[int]) -> bool:
         """Note that jobs ended, and the places they held with them; tell whether any was limited."""
         ended = [self._mine.pop(job_id) for job_id in job_ids if job_id in self._mine]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Callable, Iterable
 from concurrent.futures import Executor, Future
@@ -9,6 +10,7 @@ from functools import partial
 from typing import Protocol, TypeVar
 
 from . import events
+from .lifecycle import Completed
 from .performing import Ended
 from .slots import Lane
 from .statements import Claimed, Token
@@ -17,24 +19,34 @@ __all__ = ["Here", "InThreads", "Outbox", "Perform", "Runner", "emptied"]
 
 T = TypeVar("T")
 
+ACK_SECONDS = 0.01  # a completion waits at most this long, or for the next claim
+TOLD_SECONDS = 0.05  # one that shared the transaction of its handler has only to be told
+
 Perform = Callable[[Claimed], Ended]
 
 
 class Outbox:
-    """What has ended and is to be settled by the loop of the worker; filled by any thread, without a lock."""
+    """What has ended and is to be settled by the loop of the worker; filled by any thread, without a lock.
 
-    def __init__(self, ring: Callable[[], None]) -> None:
+    ``ring`` is called with the seconds that it may take: what is written already can wait for company, unless another
+    job ``is_waiting`` for its end.
+    """
+
+    def __init__(self, ring: Callable[[float], None], is_waiting: Callable[[Token], bool]) -> None:
         self._ring = ring
+        self._is_waiting = is_waiting
         self._ended: deque[Ended] = deque()
-        self._has_rung = False
+        self._rung_for = math.inf
         self.lost_track: deque[Token] = deque()  # attempts of which nothing could be written
 
     def put(self, ended: Ended) -> None:
         """Add what has ended; ring, if that was not done since it was emptied."""
         self._ended.append(ended)
-        if not self._has_rung:
-            self._has_rung = True
-            self._ring()
+        is_over = ended.is_written and isinstance(ended.outcome, Completed) and not self._is_waiting(ended.token)
+        seconds = TOLD_SECONDS if is_over else ACK_SECONDS
+        if seconds < self._rung_for:
+            self._rung_for = seconds
+            self._ring(seconds)
 
     def put_back(self, ended: Iterable[Ended]) -> None:
         """Add what could not be settled."""
@@ -42,7 +54,7 @@ class Outbox:
 
     def take(self) -> list[Ended]:
         """Return what has ended."""
-        self._has_rung = False  # first: what comes from now on rings again
+        self._rung_for = math.inf  # first: what comes from now on rings again
         return emptied(self._ended)
 
     def take_lost(self) -> list[Token]:

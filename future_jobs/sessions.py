@@ -10,15 +10,15 @@ from a later rollback, and it works in SAVEPOINTs. Most handlers never commit, a
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
 from sqlalchemy.engine import Connection, Engine, Transaction
 from sqlalchemy.orm import Session, scoped_session
 
-from .dialects import begin_lazily, has_written, job_transaction, keeps_snapshot
+from .dialects import begin_lazily, has_written, keeps_snapshot, prepare_for_job
 from .errors import InvalidArgument, NotSupported, shown
 
 __all__ = ["AnySession", "InRegistry", "JobSession", "Kept", "checked_session", "session_maker"]
@@ -77,9 +77,9 @@ class JobSession:
         hold: Callable[[Connection], object],
         joined: bool = True,
         info: Mapping[str, Any] | None = None,
-        lend: Callable[[Engine], AbstractContextManager[Connection]] = Engine.connect,
+        lender: Lender | None = None,
     ) -> None:
-        self._lend = lend
+        self._lender = lender or _POOLS
         self._make = make
         self._bind = bind
         self._hold = hold
@@ -89,15 +89,16 @@ class JobSession:
         self._was_bound = False  # the Session asked for a database, of however many it has
         self._connection: Connection | None = None
         self._transaction: Transaction | None = None
-        self._open: ExitStack | None = None
+        self._undo: Callable[[], None] | None = None  # what was changed about the connection
+        self._close: Callable[[], None]  # the Session, as its class does
 
     @property
     def session(self) -> Session:
         """The Session; made, but not yet connected, when it is first asked for."""
         if self._session is None:
-            self._open = ExitStack()
             self._session = self._make()
             self._session.info.update(self._info)
+            self._close = self._session.close
             if self._joined:
                 self._join(self._session)
         return self._session
@@ -123,7 +124,8 @@ class JobSession:
         If it returns False everything is rolled back.
         """
         self.session.commit()
-        connection = self._connected()
+        is_begun = self._transaction is not None and self._transaction.is_active
+        connection = self._connection if is_begun and self._connection is not None else self._connected()
         if not last(connection):
             self.rollback()
             return False
@@ -143,21 +145,25 @@ class JobSession:
         """Undo what was not finished and give everything back."""
         if self._session is None:  # most handlers never ask for it
             return
+        connection, undo = self._connection, self._undo
         try:
             self.rollback()
         finally:
-            self._transaction = self._connection = None
+            self._transaction = self._connection = self._undo = self._session = None
             try:
-                self._session.close()
+                self._close()
             finally:
-                self._session = None
-                assert self._open is not None
-                self._open.close()
+                try:
+                    if undo is not None:
+                        undo()
+                finally:
+                    if connection is not None and connection is not self._bind:
+                        self._lender.take_back(connection)
 
     # --- how the Session joins
 
     def _join(self, session: Session) -> None:
-        bind_of, close = session.get_bind, session.close
+        bind_of, close = session.get_bind, self._close
 
         def get_bind(*args: Any, **kwargs: Any) -> Engine | Connection:
             self._was_bound = True
@@ -174,12 +180,8 @@ class JobSession:
 
     def _connected(self) -> Connection:
         if self._connection is None:
-            assert self._open is not None
-            if isinstance(self._bind, Engine):
-                self._connection = self._open.enter_context(self._lend(self._bind))
-            else:
-                self._connection = self._bind
-            self._open.enter_context(job_transaction(self._connection))
+            self._connection = self._lender.lend(self._bind) if isinstance(self._bind, Engine) else self._bind
+            self._undo = prepare_for_job(self._connection)
         assert self._session is not None
         begun = self._transaction is not None and self._transaction.is_active
         if not begun:
@@ -198,6 +200,29 @@ def _engine(bind: Engine | Connection) -> Engine:
     return bind if isinstance(bind, Engine) else bind.engine
 
 
+class Lender(Protocol):
+    """Has connections for the time of one job."""
+
+    def lend(self, engine: Engine) -> Connection:
+        """Return a connection of ``engine``."""
+
+    def take_back(self, connection: Connection) -> None:
+        """Take back what was lent."""
+
+
+class _Pools:
+    """Lends those that the pools of the engines have."""
+
+    def lend(self, engine: Engine) -> Connection:
+        return engine.connect()
+
+    def take_back(self, connection: Connection) -> None:
+        connection.close()
+
+
+_POOLS = _Pools()
+
+
 class Kept(threading.local):
     """The connection of a thread, kept from one job to the next.
 
@@ -205,22 +230,23 @@ class Kept(threading.local):
     """
 
     _connection: Connection | None = None
+    _options: object = None  # of the connection, when it was lent
 
-    @contextmanager
-    def lend(self, engine: Engine) -> Iterator[Connection]:
-        """Lend a connection for one job; it is kept afterwards unless the job left something behind on it."""
+    def lend(self, engine: Engine) -> Connection:
+        """Lend a connection for one job."""
         connection, self._connection = self._connection, None
         if connection is None:
             connection = engine.connect()
-        options = connection.get_execution_options()
-        try:
-            yield connection
-            is_clean = not (connection.closed or connection.invalidated or connection.in_transaction())
-            if is_clean and connection.get_execution_options() is options:
-                self._connection = connection
-        finally:
-            if self._connection is None:
-                connection.close()
+        self._options = connection.get_execution_options()
+        return connection
+
+    def take_back(self, connection: Connection) -> None:
+        """Keep the connection, unless the job left something behind on it."""
+        is_clean = not (connection.closed or connection.invalidated or connection.in_transaction())
+        if is_clean and connection.get_execution_options() is self._options:
+            self._connection = connection
+        else:
+            connection.close()
 
     def give_back(self) -> None:
         """Give it back to its pool."""

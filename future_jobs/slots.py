@@ -24,6 +24,7 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 BATCH_SECONDS = 0.1  # claim what the slots can finish in about this time
+LOW_SECONDS = 0.03  # and more of them once what is left lasts no longer than this, or is no more than half of it
 BATCH_MOST = 2_000
 TINY_SECONDS = 0.0002  # jobs this short are run one after the other
 STALL_SECONDS = 0.01  # one of them that takes longer is overtaken by the others
@@ -65,7 +66,7 @@ class Lane:
         elif now - self._open_at > CLOSED_SECONDS:
             return 0, 0
         most = self._most()
-        return (free, most - max(held, self.slots)) if held - self.busy <= most // 2 else (free, 0)
+        return (free, most - max(held, self.slots)) if held - self.busy <= self._lowest(most) else (free, 0)
 
     def add(self, rows: Iterable[Claimed]) -> None:
         """Let claimed jobs wait for a slot, the better priority first, then the earlier time."""
@@ -74,7 +75,7 @@ class Lane:
                 self._moved_at = monotonic()
             merged = [*self._drained(), *rows]
             merged.sort(key=_order)
-            self._low = self._most() // 2
+            self._low = self._lowest(self._most())
             self._waiting.extend(merged)
             self._is_low = False
 
@@ -162,7 +163,14 @@ class Lane:
     def _most(self) -> int:
         if self.prefetch is not None:
             return self.slots + self.prefetch
-        return max(self.slots, min(BATCH_MOST, int(self.slots * BATCH_SECONDS / max(self._average, 1e-5))))
+        return max(self.slots, min(BATCH_MOST, self._count(BATCH_SECONDS)))
+
+    def _lowest(self, most: int) -> int:
+        return min(most // 2, self._count(LOW_SECONDS))
+
+    def _count(self, seconds: float) -> int:
+        """Return how many jobs the slots can finish in that time."""
+        return int(self.slots * seconds / max(self._average, 1e-5))
 
 
 def _order(row: Claimed) -> tuple[object, ...]:

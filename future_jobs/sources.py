@@ -12,7 +12,7 @@ from sqlalchemy.engine import Engine
 from sqlalchemy.orm import Session, scoped_session, sessionmaker
 from sqlalchemy.pool import QueuePool
 
-from .dialects import absolute, guide_planner, is_autocommit
+from .dialects import absolute, is_autocommit, keep_for_own
 from .errors import InvalidArgument, InvalidOption, shown
 from .models import ScheduledJob
 from .times import seconds_of
@@ -87,14 +87,15 @@ def described(source: Any) -> str:
 
 def own_engine(engine: Engine) -> Engine:
     """Return an engine on the same database with a pool of its own, so that jobs cannot use up its connections."""
+    options = {name: each for name, each in engine.get_execution_options().items() if name != "isolation_level"}
     own = Engine(
         engine.pool.recreate(),
         engine.dialect,
         engine.url,
-        execution_options=engine.get_execution_options(),
+        execution_options=options,
         hide_parameters=engine.hide_parameters,
     )
-    guide_planner(own)
+    keep_for_own(own)
     return own
 
 

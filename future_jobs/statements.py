@@ -33,6 +33,7 @@ from sqlalchemy import (
     literal,
     literal_column,
     not_,
+    null,
     or_,
     select,
     text,
@@ -536,26 +537,34 @@ def move(
     connection: Connection, token: Token, source: Status, values: Mapping[str, Any], *conditions: ColumnElement[bool]
 ) -> bool:
     """Write ``values`` to the job if ``token`` still holds it in ``source``; tell whether it did. Primary key."""
-    plain, computed = _parted(values)
-    statement = _guarded(source, computed, conditions)
-    return _changed(connection, statement, {**plain, "_id": token.id, "_attempt": token.attempt}) == 1
+    bound, written = _parted(values)
+    bound["_id"], bound["_attempt"] = token
+    return _changed(connection, _guarded(source, written, conditions), bound) == 1
 
 
 def _parted(values: Mapping[str, Any]) -> tuple[dict[str, Any], tuple[tuple[str, Any], ...]]:
-    """Part what is bound from what is computed in SQL: the former is not in the text of a statement."""
-    computed = tuple((name, value) for name, value in values.items() if isinstance(value, ColumnElement))
-    if not computed:
-        return dict(values), ()
-    return {name: value for name, value in values.items() if not isinstance(value, ColumnElement)}, computed
+    """Part what is bound from what is in the text of a statement: expressions, and the few values that are constant."""
+    bound, written = {}, []
+    for name, value in values.items():
+        if value is None or isinstance(value, Status):
+            written.append((name, _CONSTANTS[value]))
+        elif isinstance(value, ColumnElement):
+            written.append((name, value))
+        else:
+            bound[name] = value
+    return bound, tuple(written)
+
+
+_CONSTANTS: dict[Status | None, ColumnElement[Any]] = {None: null(), **{each: spelled(each) for each in Status}}
 
 
 @lru_cache(maxsize=128)
 def _guarded(
-    source: Status, computed: tuple[tuple[str, Any], ...], conditions: tuple[ColumnElement[bool], ...]
+    source: Status, written: tuple[tuple[str, Any], ...], conditions: tuple[ColumnElement[bool], ...]
 ) -> Update:
-    # What it sets follows from the parameters it is executed with; an expression is known again by its identity.
+    # What else it sets follows from the parameters it is executed with; an expression is known by its identity.
     held = update(JOBS).where(J.id == bindparam("_id"), J.attempt == bindparam("_attempt"), _is(source), *conditions)
-    return held.values(dict(computed)) if computed else held
+    return held.values(dict(written)) if written else held
 
 
 def force(connection: Connection, job_id: int, values: Mapping[str, Any]) -> None:

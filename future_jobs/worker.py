@@ -56,7 +56,6 @@ __all__ = ["Worker"]
 
 Source = Engine | URL | str | sessionmaker[Any] | scoped_session[Any]
 
-ACK_SECONDS = 0.01  # a completion waits at most this long, or for the next claim
 LOOK_SECONDS = 0.1  # while busy, how long a job of a better priority may go unseen
 MISSED_SECONDS = 0.02  # until the next try, when others hold what is due
 PRUNE_SECONDS = 3600.0
@@ -290,6 +289,9 @@ class Worker:
 
     def _settle_and_claim(self, crew: Crew, done: list[Ended], wishes: list[Wish]) -> int:
         completions = [ended for ended in done if not ended.is_written]
+        if not completions and not wishes:
+            self._settled(crew, done)
+            return 0
 
         def work(connection: Connection) -> tuple[list[Ended], Taken]:
             return crew.performer.complete(connection, completions), crew.claims.take(connection, wishes)
@@ -409,7 +411,6 @@ class Worker:
         kept = Kept()
         open_session = opener(make, self.engine, {SCHEDULER: self.scheduler}, kept)
         performer = PatientPerformer(units, open_session, context, worker=name)
-        outbox = Outbox(partial(self._alarm.ring, ACK_SECONDS))
         leases = Leases(
             units,
             name,
@@ -419,6 +420,8 @@ class Worker:
             queues=self.queues,
             attend=performer.attend,
         )
+        claims = Claims(self.lanes, worker=name, time=now, lease_end=leases.end)
+        outbox = Outbox(self._alarm.ring, claims.is_waiting_for)
         crew = Crew(
             name=name,
             units=units,
@@ -426,7 +429,7 @@ class Worker:
             performer=performer,
             leases=leases,
             watch=wakeups.watch(units.engine, self._wake, own=lambda: units.commits, notify=self.notify),
-            claims=Claims(self.lanes, worker=name, time=now, lease_end=leases.end),
+            claims=claims,
             runner=self._runner(performer, outbox, kept),
             outbox=outbox,
         )
