@@ -324,7 +324,7 @@ class Scheduler(Schedules):
     def pause_queue(self, queue: str) -> bool:
         """Let no job of ``queue`` start until `resume_queue`, wherever it would run; True if this call did.
 
-        What runs goes on. After commit every worker, and every `run_due`, leaves the queue out when it next looks.
+        What runs goes on, and so does what a worker has claimed. After commit nothing more is claimed from the queue.
         """
         self._prepare()
         queue = checked_word("queue", queue)

@@ -379,9 +379,9 @@ def claim(
     }
     taken = {"worker": worker, "until": leased_until, "started": started_at or now}
     if backend.returning:
-        rows = [*map(Claimed._make, connection.execute(_claim_at_once(backend), {**found, **taken}))]
+        rows = [*map(Claimed._make, connection.execute(_claim_at_once(backend), {**found, **taken}).all())]
         return sorted(rows, key=attrgetter("run_at", "id"))  # RETURNING promises no order
-    rows = [*map(Claimed._make, connection.execute(_due_rows(backend), found))]
+    rows = [*map(Claimed._make, connection.execute(_due_rows(backend), found).all())]
     if rows:
         connection.execute(_claim_by_id(), {"ids": [row.id for row in rows], **taken})
     return rows
@@ -436,7 +436,9 @@ def _due_rows(backend: Backend) -> Select[Any]:
 
 # What the rows will hold once `_claim_by_id` has taken them.
 _AS_CLAIMED = tuple((J.attempt + 1).label("attempt") if column is J.attempt else column for column in CLAIMED)
-_STILL_WAITING = select(*_AS_CLAIMED).where(J.id.in_(bindparam("ids", expanding=True)), WAITING, NOT_EXPIRED)
+_STILL_WAITING = select(*_AS_CLAIMED).where(
+    J.id.in_(bindparam("ids", expanding=True)), WAITING, NOT_EXPIRED, ~exists().where(Queue.name == J.queue)
+)
 
 
 def _taken() -> dict[str, Any]:

@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from functools import cache, partial
 from pathlib import Path
-from time import monotonic
+from time import monotonic, sleep
 from typing import Any, Protocol, TypeVar
 
 from sqlalchemy import event
@@ -324,7 +324,10 @@ class Watch:
         seen, own, pause = count(), self._own(), BUSY_SECONDS
         rest, woke_at, wake_at = BUSY_SECONDS, monotonic(), math.inf
         self._wake()  # for what came while nobody looked
-        while not self._over.wait(pause):
+        while not self._over.is_set():
+            sleep(
+                pause
+            )  # to wait for an Event takes twice the processor's time, and this is all that an idle worker does
             own_before, own = own, self._own()
             seen_before, seen = seen, count()
             now = monotonic()
