@@ -128,10 +128,11 @@ class Claims:
         self._fragile.discard(token)
         return self._limits.freed([token.id])
 
-    def next_at(self) -> datetime | None:
-        """Return when there will next be something that a lane with room can use; None if nothing is known."""
+    def next(self) -> Level | None:
+        """Return where there will next be something that a lane with room can use; None if nothing is known."""
         open_lanes = {id(lane) for lane in self.lanes.values() if any(lane.room())}
-        return min((level.first_at for level in self.view if id(self.lane_of(level.queue)) in open_lanes), default=None)
+        usable = (level for level in self.view if id(self.lane_of(level.queue)) in open_lanes)
+        return min(usable, key=lambda level: level.first_at, default=None)
 
     def _tolerable(self) -> int:
         return FRAGILE - 1 if self._fragile else statements.ANY_LOSSES

@@ -99,7 +99,8 @@ def notify_workers(engine: E, *, within: str | timedelta = "1s") -> E:
 def listen(engine: Engine, wake: Wake) -> None:
     """Call ``wake(levels)`` whenever a Session of this process has committed jobs to the database of ``engine``.
 
-    ``levels`` are those that the jobs are in, with the earliest time of each. None: something else is to be looked for.
+    ``levels`` are those that the jobs are in, with the earliest time of each; without any, something else is to be
+    looked for.
     """
     name = _database(engine)
     with _changing:
@@ -117,7 +118,7 @@ def unlisten(engine: Engine, wake: Wake) -> None:
 
 @dataclass(slots=True)
 class _Note:
-    """What a transaction has scheduled through one connection, the earliest job of each level first and last of all."""
+    """What a transaction has scheduled through one connection: its levels, with the earliest time of each."""
 
     levels: dict[_Place, Level] = field(default_factory=dict)
     is_vague: bool = False  # there is something to look for that is no level, or are too many levels
@@ -146,7 +147,7 @@ _Notes = dict[SessionTransaction, dict[Connection, _Note]]
 def announce(session: Session, connection: Connection, jobs: Iterable[Mapping[str, Any]], *, now: datetime) -> None:
     """Tell workers about ``jobs``, rows which ``session`` has written, once that is committed.
 
-    None: something else is to be looked for at once.
+    Without any, something else is to be looked for at once.
     """
     within: timedelta | None = connection.get_execution_options().get(_NOTIFY)
     if within is None and (not _sleepers or _database(connection.engine) not in _sleepers):
@@ -325,9 +326,7 @@ class Watch:
         rest, woke_at, wake_at = BUSY_SECONDS, monotonic(), math.inf
         self._wake()  # for what came while nobody looked
         while not self._over.is_set():
-            sleep(
-                pause
-            )  # to wait for an Event takes twice the processor's time, and this is all that an idle worker does
+            sleep(pause)  # half the cost of waiting for an Event, and an idle worker does little else
             own_before, own = own, self._own()
             seen_before, seen = seen, count()
             now = monotonic()

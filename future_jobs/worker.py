@@ -56,6 +56,7 @@ __all__ = ["Worker"]
 
 Source = Engine | URL | str | sessionmaker[Any] | scoped_session[Any]
 
+AHEAD_SECONDS = 0.03  # so long before a job is due an idle worker looks, so that it need not when it is
 LOOK_SECONDS = 0.1  # while busy, how long a job of a better priority may go unseen
 MISSED_SECONDS = 0.02  # until the next try, when others hold what is due
 PRUNE_SECONDS = 3600.0
@@ -343,8 +344,20 @@ class Worker:
         if claimed and (isinstance(crew.runner, Here) or any(any(lane.room()) for lane in self.lanes.values())):
             self._stale_after = 0.0  # all that was due is claimed, or run: look what comes next
             return 0.0
-        next_at = crew.claims.next_at() if self._left() else None
-        return longest if next_at is None else min(longest, max(0.0, (next_at - crew.now()).total_seconds()))
+        level = crew.claims.next() if self._left() else None
+        return longest if level is None else min(longest, self._until_due(crew, level))
+
+    def _until_due(self, crew: Crew, level: Level) -> float:
+        """Return for how long to sleep, so that a job of ``level`` is claimed at once when it is due."""
+        seconds = max(0.0, (level.first_at - crew.now()).total_seconds())
+        due_at = monotonic() + seconds
+        if level.limited:
+            self._stale_after = min(self._stale_after, due_at)  # which of them may start, a look then says
+        elif seconds and due_at >= self._stale_after and not any(lane.busy for lane in self.lanes.values()):
+            if seconds > AHEAD_SECONDS:
+                return seconds - AHEAD_SECONDS
+            self._stale_after = seconds = 0.0
+        return seconds
 
     def _wake(self, *_: Any) -> None:
         if (crew := self._crew) is not None:
@@ -359,7 +372,7 @@ class Worker:
             return
         now = crew.now()
         soon = [level for level in levels if (level.first_at - now).total_seconds() < self.poll]
-        if not levels or any(level.limited or level.first_at > now for level in soon):
+        if not levels or any(level.limited for level in soon):
             self._wake()
         elif soon:
             self._told.extend(soon)

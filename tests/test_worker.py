@@ -27,6 +27,7 @@ from future_jobs import (
     Worker,
     events,
 )
+from future_jobs.worker import AHEAD_SECONDS
 from tests import workjobs
 from tests.shop import letters
 from tests.workjobs import Stage
@@ -181,6 +182,17 @@ def test_what_this_process_has_scheduled_is_claimed_before_anything_else_is_look
     worker.stop()
     about_jobs = [each for each in said if "future_jobs_scheduled_job" in each]
     assert "leased_until" in about_jobs[0] or "FOR UPDATE" in about_jobs[0]
+
+
+def test_an_idle_worker_wakes_a_little_before_a_job_is_due_to_have_looked_by_then(engine, scheduler, session):
+    worker = Worker(engine, poll="1h")
+    worker.tick()
+    scheduler.schedule("1m", "tests.workjobs.note", args=[1])
+    session.commit()
+    while not (delay := worker.tick()):
+        pass
+    worker.stop()
+    assert 30 < delay < 60 - AHEAD_SECONDS
 
 
 def test_one_that_stalls_is_overtaken_by_the_others(parallel, scheduler, session, stage):
