@@ -11,6 +11,7 @@ from typing import NamedTuple
 from sqlalchemy.engine import Connection
 
 from . import lifecycle, statements
+from .lifecycle import FRAGILE
 from .limits import Limits
 from .slots import Lane
 from .statements import Claimed, Level, Token
@@ -18,7 +19,6 @@ from .statements import Claimed, Level, Token
 __all__ = ["Claims", "Taken", "Wish"]
 
 NO_LIMIT = (1 << 63) - 1
-FRAGILE = 3  # a job that was lost this often may be what kills its workers
 HARMLESS = 1  # one that was lost no more than so often was held by one that died, as a rule
 
 

@@ -33,10 +33,9 @@ from sqlalchemy.engine import Connection
 
 from . import events, lifecycle, statements, stations
 from .callables import registered_in
-from .claims import FRAGILE
 from .errors import InvalidOption, JobTimeout, NotSupported, shown
 from .execution import Context, failed, time_limit
-from .lifecycle import Released
+from .lifecycle import FRAGILE, Released
 from .performing import Ended, recalled, tell
 from .runners import Outbox
 from .slots import Lane

@@ -46,6 +46,7 @@ __all__ = [
 ]
 
 MAX_LOSSES = 5
+FRAGILE = 3  # a job that was lost this often may be what kills its workers
 ASKED, TAKEN = "asked to stop", "another job has the same unique_key"  # why a job was cancelled
 SWEEP = 500  # rows looked at in one statement
 
@@ -354,8 +355,8 @@ def rescue(
 ) -> list[tuple[Row[Any], Status]]:
     """Take back jobs whose worker has not renewed its lease for ``grace`` after it ended.
 
-    Each has lost one attempt and waits again: in its old place, ahead of what became due meanwhile; one that was lost
-    before from ``delay`` after ``now``. After `MAX_LOSSES` it is ``failed``. It is ``cancelled`` if it was asked to
+    Each has lost one attempt and waits again: in its old place, ahead of what became due meanwhile; a `FRAGILE` one from
+    ``delay`` after ``now``. After `MAX_LOSSES` it is ``failed``. It is ``cancelled`` if it was asked to
     stop, or if another waits with the key that it gave up. Only leases in ``watched``, if that is given. Returns the
     rows as they were and the state they are in now.
     """
@@ -397,7 +398,7 @@ def lose(
     check(Status.RUNNING, target)
     values = {"losses": statements.J.losses + 1, "error": lost.traceback}
     if target is Status.SCHEDULED:
-        later = {"run_at": now + delay} if delay and row.losses else {}
+        later = {"run_at": now + delay} if delay and row.losses + 1 >= FRAGILE else {}
         ended = _wait_again(connection, token, {**values, **later}, *conditions, finished_at=now)
     else:
         values |= {"status": target, "finished_at": now, **_FREE}

@@ -576,13 +576,13 @@ def test_a_job_of_the_dead_is_taken_back_once_its_lease_stayed_unchanged(paralle
     assert [data["worker"] for name, data in heard if name == "rescued"] == ["the dead"]
 
 
-def test_a_job_that_was_lost_before_is_tried_a_little_later(parallel, session, stage, deserted):
-    session.execute(update(ScheduledJob).values(losses=1))
+def test_a_job_that_was_lost_again_and_again_is_tried_a_little_later(parallel, session, stage, deserted):
+    session.execute(update(ScheduledJob).values(losses=2))
     session.commit()
     with Worker(parallel, lease=timedelta(seconds=0.2), poll=timedelta(seconds=0.1)).background():
         stage.wait_for(lambda: stage.ended)
     session.refresh(deserted)
-    assert deserted.losses == 2
+    assert deserted.losses == 3
     assert deserted.run_at > deserted.nominal_at
 
 
