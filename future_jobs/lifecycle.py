@@ -355,10 +355,10 @@ def rescue(
 ) -> list[tuple[Row[Any], Status]]:
     """Take back jobs whose worker has not renewed its lease for ``grace`` after it ended.
 
-    Each has lost one attempt and waits again: in its old place, ahead of what became due meanwhile; a `FRAGILE` one from
-    ``delay`` after ``now``. After `MAX_LOSSES` it is ``failed``. It is ``cancelled`` if it was asked to
-    stop, or if another waits with the key that it gave up. Only leases in ``watched``, if that is given. Returns the
-    rows as they were and the state they are in now.
+    Each has lost one attempt and waits again: in its old place, ahead of what became due meanwhile; a `FRAGILE` one
+    from ``delay`` after ``now``. After `MAX_LOSSES` it is ``failed``. It is ``cancelled`` if it was asked to stop, or
+    if another waits with the key that it gave up. Only leases in ``watched``, if that is given. Returns the rows as
+    they were and the state they are in now.
     """
     taken = []
     for row in statements.abandoned(connection, before=now - grace, limit=SWEEP):
