@@ -68,18 +68,18 @@ def test_a_worker_takes_nothing_from_a_queue_that_was_paused_since_it_looked(eng
     worker.tick()  # it has seen the queue
     scheduler.pause_queue("mail")
     session.commit()
-    job = scheduler.enqueue(RECORD, queue="mail")
+    jobs = [scheduler.enqueue(RECORD, queue="mail"), scheduler.enqueue(RECORD, queue="mail", concurrency_key="k")]
     session.commit()  # which tells the worker
     worker.tick()
     worker.tick()
     session.expire_all()
-    assert job.status is Status.SCHEDULED
+    assert {job.status for job in jobs} == {Status.SCHEDULED}
     scheduler.resume_queue("mail")
     session.commit()
-    worker.max_jobs = 2
+    worker.max_jobs = 3
     worker.run()
     session.expire_all()
-    assert job.status is Status.COMPLETE
+    assert {job.status for job in jobs} == {Status.COMPLETE}
 
 
 @pytest.mark.parametrize("queue", [None, 3, b"mail"])

@@ -11,6 +11,7 @@ from sqlalchemy.exc import OperationalError
 
 from future_jobs import configure_sqlite, statements
 from future_jobs.dialects import take_write_lock
+from future_jobs.sources import own_engine
 from future_jobs.units import Units
 
 
@@ -61,18 +62,23 @@ def test_a_unit_is_tried_again_when_its_connection_is_ended_meanwhile(units, oth
     assert len(set(seen)) == 2
 
 
+@pytest.mark.parametrize("way", [lambda engine: engine, own_engine], ids=["the-engine", "an-own-engine"])
 @pytest.mark.parametrize("kind", ["read", "write"])
-def test_a_unit_sees_what_others_commit_meanwhile_whatever_the_engine_is_set_to(units, other, shared_url, kind):
-    engine = create_engine(shared_url, isolation_level="REPEATABLE READ")
+def test_a_unit_sees_what_others_commit_meanwhile_whatever_the_engine_is_set_to(units, other, shared_url, kind, way):
+    engine = create_engine(shared_url, isolation_level="REPEATABLE READ").execution_options(
+        isolation_level="REPEATABLE READ"
+    )
+    used = way(engine)
 
     def look(connection):
         found = [connection.scalar(text("SELECT count(*) FROM shop_letter"))]
         other.execute(text("INSERT INTO shop_letter (text) VALUES (:text)"), {"text": token_hex(8)})
         return [*found, connection.scalar(text("SELECT count(*) FROM shop_letter"))]
 
-    assert getattr(Units(engine), kind)(look) == [0, 1]
+    assert getattr(Units(used), kind)(look) == [0, 1]
     with engine.connect() as connection:
         assert look(connection) == [1, 1]
+    used.dispose()
     engine.dispose()
 
 
