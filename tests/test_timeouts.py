@@ -167,9 +167,9 @@ def test_what_is_no_timeout_is_refused(scheduler, session, value, error):
 
 @pytest.fixture
 def hasty():
-    """Threads take turns often."""
+    """Threads take turns often; but not so often that a slow machine does nothing else."""
     before = sys.getswitchinterval()
-    sys.setswitchinterval(0.0001)
+    sys.setswitchinterval(0.001)
     yield
     sys.setswitchinterval(before)
 
