@@ -105,10 +105,10 @@ class Claims:
         """Claim what is wished for. Nothing is claimed, or known, until the caller has committed."""
         view, taken = list(self.view), []
         for lane, free, ahead in wishes:
-            rows = self._take_for(connection, lane, view, free, most_losses=self._tolerable())
+            rows = self._take_for(connection, lane, view, free)
             is_suspect = any(row.losses > HARMLESS for row in rows)  # as others may be: the next slots are theirs
             if len(rows) == free and not is_suspect:
-                rows += self._take_for(connection, lane, view, ahead, most_losses=HARMLESS)
+                rows += self._take_for(connection, lane, view, ahead, is_ahead=True)
             taken.append((lane, rows))
         return Taken(taken, view)
 
@@ -134,17 +134,15 @@ class Claims:
         usable = (level for level in self.view if id(self.lane_of(level.queue)) in open_lanes)
         return min(usable, key=lambda level: level.first_at, default=None)
 
-    def _tolerable(self) -> int:
-        return FRAGILE - 1 if self._fragile else statements.ANY_LOSSES
-
     def _take_for(
-        self, connection: Connection, lane: Lane, view: list[Level], wanted: int, *, most_losses: int
+        self, connection: Connection, lane: Lane, view: list[Level], wanted: int, *, is_ahead: bool = False
     ) -> list[Claimed]:
         now = self._time()
         rows: list[Claimed] = []
         due = [level for level in view if level.first_at <= now and self.lane_of(level.queue) is lane]
-        if most_losses == HARMLESS:  # ahead of a free slot: a limited job counts as started when it is claimed
-            due = [level for level in due if not level.limited]
+        most_losses = FRAGILE - 1 if self._fragile else statements.ANY_LOSSES
+        if is_ahead:  # of a free slot; a limited job counts as started when it is claimed
+            most_losses, due = HARMLESS, [level for level in due if not level.limited]
         for _, group in groupby(due, key=lambda level: level.priority):
             levels = list(group)
             while levels and len(rows) < wanted:
@@ -155,7 +153,7 @@ class Claims:
                     rows += found
                     if len(found) < asked:  # nothing is left there, until the next look
                         levels.remove(level)
-                        if most_losses > HARMLESS:
+                        if not is_ahead:
                             view.remove(level)
                     elif found:
                         levels[levels.index(level)] = view[view.index(level)] = level._replace(

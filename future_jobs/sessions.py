@@ -124,8 +124,7 @@ class JobSession:
         If it returns False everything is rolled back.
         """
         self.session.commit()
-        is_begun = self._transaction is not None and self._transaction.is_active
-        connection = self._connection if is_begun and self._connection is not None else self._connected()
+        connection = self._connected()
         if not last(connection):
             self.rollback()
             return False

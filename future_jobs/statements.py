@@ -126,7 +126,6 @@ KEEPS_ITS_KEY = or_(J.unique_key.is_(None), J.unique_until == literal_column("'f
 ONE_MORE_FAILURE = J.failures + 1
 ONE_MORE_ATTEMPT = J.attempt + 1
 # A null expiry is "never". A job whose expiry equals now still runs.
-NOT_PAUSED = ~exists().where(Queue.name == bindparam("in_queue"))
 NOT_EXPIRED = or_(J.expires_at.is_(None), J.expires_at >= bindparam("now", type_=UTCDateTime))
 
 AS_TEXT = {"args", "kwargs", "options", "tags"}  # JSON, decoded once, by the room that needs it
@@ -404,6 +403,10 @@ def take(
     connection.execute(_claim_by_id(), {"ids": ids, **taken})
 
 
+def _not_paused(queue: ColumnElement[str]) -> ColumnElement[bool]:
+    return ~exists().where(Queue.name == queue)
+
+
 @cache
 def _due(backend: Backend) -> Select[Any]:
     # ix_future_jobs_due, or ix_future_jobs_status: equality on queue and priority, a range on run_at, no sort.
@@ -421,7 +424,7 @@ def _due(backend: Backend) -> Select[Any]:
             J.id <= bindparam("newest"),
             J.losses.between(bindparam("least_losses"), bindparam("most_losses")),
             NOT_EXPIRED,
-            NOT_PAUSED,
+            _not_paused(bindparam("in_queue")),
         )
         .order_by(J.run_at, J.id)
         .limit(bindparam("limit"))
@@ -437,7 +440,7 @@ def _due_rows(backend: Backend) -> Select[Any]:
 # What the rows will hold once `_claim_by_id` has taken them.
 _AS_CLAIMED = tuple((J.attempt + 1).label("attempt") if column is J.attempt else column for column in CLAIMED)
 _STILL_WAITING = select(*_AS_CLAIMED).where(
-    J.id.in_(bindparam("ids", expanding=True)), WAITING, NOT_EXPIRED, ~exists().where(Queue.name == J.queue)
+    J.id.in_(bindparam("ids", expanding=True)), WAITING, NOT_EXPIRED, _not_paused(J.queue)
 )
 
 

@@ -120,23 +120,29 @@ def unlisten(engine: Engine, wake: Wake) -> None:
 class _Note:
     """What a transaction has scheduled through one connection: its levels, with the earliest time of each."""
 
-    levels: dict[_Place, Level] = field(default_factory=dict)
+    levels: dict[_Place, datetime] = field(default_factory=dict)
     is_vague: bool = False  # there is something to look for that is no level, or are too many levels
     is_sent: bool = False  # by NOTIFY
 
+    def put(self, place: _Place, run_at: datetime) -> None:
+        """Take note of a job."""
+        known = self.levels.get(place)
+        if known is None or run_at < known:
+            self.levels[place] = run_at
+
     def add(self, other: _Note) -> None:
         """Take note of what ``other`` does."""
-        for place, level in other.levels.items():
-            known = self.levels.get(place)
-            if known is None or level.first_at < known.first_at:
-                self.levels[place] = level
+        for place, run_at in other.levels.items():
+            self.put(place, run_at)
         self.is_vague |= other.is_vague or len(self.levels) > MOST_LEVELS
         self.is_sent |= other.is_sent
 
     @property
     def told(self) -> list[Level]:
         """What is told when it is committed."""
-        return [] if self.is_vague else list(self.levels.values())
+        if self.is_vague:
+            return []
+        return [Level(queue, priority, at, limited) for (queue, priority, limited), at in self.levels.items()]
 
 
 _Place = tuple[str, int, bool]  # a level without its time
@@ -161,7 +167,7 @@ def announce(session: Session, connection: Connection, jobs: Iterable[Mapping[st
     note = notes.setdefault(transaction, {}).setdefault(connection, _Note())
     note.add(news)
     # A transaction that has sent one cannot be prepared for a two-phase commit.
-    first_at = min((level.first_at for level in news.told), default=now)
+    first_at = min(news.levels.values(), default=now)
     is_wanted = within is not None and first_at - now <= within and not session.twophase
     if is_wanted and backend_of(connection).notifies and not _is_sent(notes, transaction, connection):
         statements.notify(connection)
@@ -171,10 +177,7 @@ def announce(session: Session, connection: Connection, jobs: Iterable[Mapping[st
 def _noted(jobs: Iterable[Mapping[str, Any]]) -> _Note:
     note = _Note()
     for row in jobs:
-        place = row["queue"], row["priority"], row["limited"]
-        known = note.levels.get(place)
-        if known is None or row["run_at"] < known.first_at:
-            note.levels[place] = Level(place[0], place[1], row["run_at"], place[2])
+        note.put((row["queue"], row["priority"], row["limited"]), row["run_at"])
     note.is_vague = not note.levels
     return note
 

@@ -7,9 +7,10 @@ from datetime import timedelta
 import pytest
 from sqlalchemy import insert, update
 
-from future_jobs import ScheduledJob, Scheduler, Status, Worker, limit_statements
+from future_jobs import ScheduledJob, Scheduler, Status, Worker, limit_statements, statements
 from future_jobs.errors import InvalidArgument
 from future_jobs.explaining import Reason
+from future_jobs.statements import Level
 
 RECORD = "tests.jobs.record"
 
@@ -68,18 +69,44 @@ def test_a_worker_takes_nothing_from_a_queue_that_was_paused_since_it_looked(eng
     worker.tick()  # it has seen the queue
     scheduler.pause_queue("mail")
     session.commit()
-    jobs = [scheduler.enqueue(RECORD, queue="mail"), scheduler.enqueue(RECORD, queue="mail", concurrency_key="k")]
+    job = scheduler.enqueue(RECORD, queue="mail")
     session.commit()  # which tells the worker
     worker.tick()
     worker.tick()
     session.expire_all()
-    assert {job.status for job in jobs} == {Status.SCHEDULED}
+    assert job.status is Status.SCHEDULED
     scheduler.resume_queue("mail")
     session.commit()
-    worker.max_jobs = 3
+    worker.max_jobs = 2
     worker.run()
     session.expire_all()
-    assert {job.status for job in jobs} == {Status.COMPLETE}
+    assert job.status is Status.COMPLETE
+
+
+@pytest.mark.parametrize("options", [{}, {"concurrency_key": "k"}])
+def test_nothing_of_a_paused_queue_can_be_claimed_by_one_that_knows_of_it(scheduler, session, now, options):
+    job = scheduler.schedule(now, RECORD, queue="mail", **options)
+    session.flush()
+    connection = session.connection()
+
+    def claimed():
+        if options:
+            return statements.lock_waiting(connection, [job.id], now=now)
+        return statements.claim(
+            connection,
+            Level("mail", 0, now),
+            after=(now, 0),
+            newest=job.id,
+            limit=1,
+            now=now,
+            worker="w",
+            leased_until=now,
+        )
+
+    scheduler.pause_queue("mail")
+    assert claimed() == []
+    scheduler.resume_queue("mail")
+    assert [row.id for row in claimed()] == [job.id]
 
 
 @pytest.mark.parametrize("queue", [None, 3, b"mail"])

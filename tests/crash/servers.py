@@ -8,6 +8,7 @@ import signal
 import socket
 import subprocess
 import tempfile
+from abc import ABC, abstractmethod
 from pathlib import Path
 from time import monotonic, sleep
 
@@ -16,7 +17,7 @@ from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.pool import NullPool
 
 
-class Server:
+class Server(ABC):
     """A server in a folder of its own."""
 
     user: str  # these servers refuse to run as root
@@ -34,12 +35,12 @@ class Server:
 
     url: URL
 
+    @abstractmethod
     def restart(self) -> None:
         """Stop at once, as in a crash, and start again."""
-        raise NotImplementedError
 
-    def stop(self) -> None:
-        raise NotImplementedError
+    @abstractmethod
+    def stop(self) -> None: ...
 
     def remove(self) -> None:
         self.stop()
