@@ -549,6 +549,14 @@ def change_counter(connection: Connection) -> Callable[[], int] | None:
     return read
 
 
+def written_files(connection: Connection) -> list[str]:
+    """Return the files to which a commit may be written, of which some need not exist; none on a server."""
+    if connection.dialect.name != "sqlite":
+        return []
+    main = next(name for _, schema, name in _driver(connection).execute("PRAGMA database_list") if schema == "main")
+    return [main, f"{main}-wal"] if main else []
+
+
 def can_listen(engine: Engine) -> bool:
     """Tell whether the database sends notifications; raise `NotSupported` if the driver cannot wait for them."""
     if engine.dialect.name != "postgresql":

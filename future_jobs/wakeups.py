@@ -28,8 +28,9 @@ from sqlalchemy.engine import Connection, Engine
 from sqlalchemy.orm import Session, SessionTransaction
 
 from . import events, statements
-from .dialects import backend_of, change_counter, is_single_connection, received
+from .dialects import backend_of, change_counter, is_single_connection, received, written_files
 from .errors import InvalidArgument, shown
+from .filewatch import watching
 from .statements import Level
 from .times import seconds_of
 
@@ -38,6 +39,8 @@ __all__ = ["Alarm", "Listener", "Watch", "announce", "listen", "notify_workers",
 Wake = Callable[[Sequence[Level]], None]
 
 BUSY_SECONDS, IDLE_SECONDS = 0.005, 0.0125  # between two looks at the count of commits
+SOON_SECONDS = 0.0005  # until the next look once the file was written, which happens before the commit
+ALERT_SECONDS, CALM_SECONDS = 0.1, 0.25  # for how long one looks often after a write; until the next look without
 CROWDED_SECONDS = 0.1  # from one wake to the next at most, while one commit follows the other
 OWN_SECONDS = 0.025  # after a commit of the worker itself, behind which another may hide
 FIRST_PAUSE, LONGEST_PAUSE = 0.1, 30.0  # seconds until a lost connection is replaced
@@ -281,6 +284,7 @@ class Watch:
         self._wake = wake
         self._own = own
         self._over = threading.Event()
+        self._bell, self._ear = socket.socketpair()  # a thread that waits for the kernel hears no Event
         self._thread = threading.Thread(target=self._run, name=f"future_jobs {type(self).__name__}", daemon=True)
 
     def start(self) -> None:
@@ -290,8 +294,10 @@ class Watch:
     def stop(self) -> None:
         """Return once nothing is watched any more."""
         self._over.set()
+        self._bell.close()
         if self._thread.is_alive():
             self._thread.join(timeout=5)  # it may be waiting for a database that is away
+        self._ear.close()
 
     def _run(self) -> None:
         pause = FIRST_PAUSE
@@ -322,41 +328,36 @@ class Watch:
     def _follower(self, connection: Connection) -> Callable[[], None] | None:
         """Return what follows the commits of others until it is over; None if there is no way to."""
         count = change_counter(connection)
-        return count and partial(self._follow, count)
+        return count and partial(self._follow, count, written_files(connection))
 
-    def _follow(self, count: Callable[[], int]) -> None:
-        seen, own, pause = count(), self._own(), BUSY_SECONDS
-        rest, woke_at, wake_at = BUSY_SECONDS, monotonic(), math.inf
-        self._wake()  # for what came while nobody looked
-        while not self._over.is_set():
-            sleep(pause)  # half the cost of waiting for an Event, and an idle worker does little else
-            own_before, own = own, self._own()
-            seen_before, seen = seen, count()
-            now = monotonic()
-            if seen != seen_before:
-                wake_at = min(wake_at, woke_at + rest if own == own_before else now + OWN_SECONDS)
-                pause = BUSY_SECONDS
-            elif wake_at == math.inf:
-                pause = min(pause * 1.1, IDLE_SECONDS)
-            if now >= wake_at:
-                rest = min(2 * rest, CROWDED_SECONDS) if now - woke_at < 2 * rest else BUSY_SECONDS
-                woke_at, wake_at = now, math.inf
-                self._wake()
+    def _follow(self, count: Callable[[], int], files: Sequence[str]) -> None:
+        with watching(files, bell=self._ear.fileno()) as written:
+            seen, own, pause = count(), self._own(), BUSY_SECONDS
+            rest, woke_at, wake_at = BUSY_SECONDS, monotonic(), math.inf
+            calm_at = 0.0
+            self._wake()  # for what came while nobody looked
+            while not self._over.is_set():
+                is_calm = pause >= IDLE_SECONDS and monotonic() >= calm_at and wake_at == math.inf
+                if written is None or not is_calm:
+                    sleep(pause)  # half the cost of waiting for an Event
+                elif written.wait(CALM_SECONDS):
+                    pause, calm_at = SOON_SECONDS, monotonic() + ALERT_SECONDS
+                own_before, own = own, self._own()
+                seen_before, seen = seen, count()
+                now = monotonic()
+                if seen != seen_before:
+                    wake_at = min(wake_at, woke_at + rest if own == own_before else now + OWN_SECONDS)
+                    pause = BUSY_SECONDS
+                elif wake_at == math.inf:
+                    pause = min(pause * 1.1, IDLE_SECONDS)
+                if now >= wake_at:
+                    rest = min(2 * rest, CROWDED_SECONDS) if now - woke_at < 2 * rest else BUSY_SECONDS
+                    woke_at, wake_at = now, math.inf
+                    self._wake()
 
 
 class Listener(Watch):
     """A thread that calls ``wake`` when it is notified, where the database can do that."""
-
-    def __init__(self, engine: Engine, wake: Callable[[], Any]) -> None:
-        super().__init__(engine, wake)
-        self._bell, self._ear = socket.socketpair()  # a thread that waits for a connection hears no Event
-
-    def stop(self) -> None:
-        """Return once nothing is listened to any more."""
-        self._over.set()
-        self._bell.close()
-        super().stop()
-        self._ear.close()
 
     def _follower(self, connection: Connection) -> Callable[[], None]:
         connection = connection.execution_options(isolation_level="AUTOCOMMIT")

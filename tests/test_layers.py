@@ -40,6 +40,7 @@ ORDER = (
     "sessions",
     "units",
     "patience",
+    "filewatch",
     "wakeups",
     "ticks",
     "interruption",

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import os
+import resource
+import socket
+import sys
 import threading
+from contextlib import ExitStack, contextmanager, suppress
 from datetime import timedelta
 from time import monotonic
 from types import SimpleNamespace
@@ -18,9 +23,11 @@ from future_jobs import (
     ScheduledJob,
     Scheduler,
     Worker,
+    filewatch,
     notify_workers,
     wakeups,
 )
+from future_jobs.filewatch import watching
 from future_jobs.statements import Level
 from future_jobs.wakeups import Alarm, Listener, Watch
 from tests import processes
@@ -267,16 +274,83 @@ def test_an_alarm_rings_in_another_thread():
     sleeper.join()
 
 
+@pytest.fixture(params=["told", "looking"])
+def way(request, monkeypatch):
+    """How a watch learns that a file was written: Linux tells it, or it looks, as it has to elsewhere."""
+    if request.param == "looking":
+        monkeypatch.setattr(filewatch, "_libc", lambda: None)
+    elif sys.platform != "linux":
+        pytest.skip("only Linux tells")
+    else:
+        monkeypatch.setattr(wakeups, "BUSY_SECONDS", wakeups.IDLE_SECONDS)  # it is calm from the start
+        monkeypatch.setattr(wakeups, "CALM_SECONDS", 600.0)
+    return request.param
+
+
 @pytest.mark.parametrize("kind", ["file"], indirect=True)
-def test_a_commit_by_anybody_is_seen_where_the_database_counts_them(engine, scheduler, session):
+@pytest.mark.parametrize("journal", ["wal", "delete"])
+def test_a_commit_by_anybody_is_seen_where_the_database_counts_them(engine, scheduler, session, way, journal):
+    assert session.scalar(text(f"PRAGMA journal_mode = {journal}")) == journal
+    session.commit()
     wakes = threading.Semaphore(0)
     watch = Watch(engine, wakes.release)
     watch.start()
     assert wakes.acquire(timeout=20)  # it watches
-    scheduler.schedule("1h", "tests.jobs.record")
-    session.commit()
-    assert wakes.acquire(timeout=20)
+    for _ in range(3):
+        scheduler.schedule("1h", "tests.jobs.record")
+        session.commit()
+        assert wakes.acquire(timeout=20)
     watch.stop()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells")
+def test_a_file_that_is_written_is_told_whether_or_not_it_was_there(tmp_path):
+    there, absent = tmp_path / "there", tmp_path / "absent"
+    there.touch()
+    bell, ear = socket.socketpair()
+    with watching([str(there), str(absent)], bell=ear.fileno()) as files:
+        assert not files.wait(0)
+        there.write_text("1")
+        assert files.wait(20)
+        assert not files.wait(0)
+        absent.touch()
+        assert not files.wait(0)  # made, and found now
+        absent.write_text("1")
+        assert files.wait(20)
+        there.unlink()
+        there.touch()
+        files.wait(0)  # that it is gone
+        there.write_text("2")  # another file of that name
+        assert files.wait(20)
+        bell.close()
+        assert not files.wait(20)
+    ear.close()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells")
+def test_where_no_more_files_can_be_watched_one_looks(tmp_path):
+    with ExitStack() as stack:
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        stack.callback(resource.setrlimit, resource.RLIMIT_NOFILE, (soft, hard))
+        bell, ear = socket.socketpair()
+        stack.callback(bell.close)
+        stack.callback(ear.close)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (ear.fileno() + 1, hard))
+        stack.enter_context(_no_descriptor_left())
+        assert stack.enter_context(watching([str(tmp_path / "any")], bell=ear.fileno())) is None
+
+
+@contextmanager
+def _no_descriptor_left():
+    taken = []
+    try:
+        with suppress(OSError):
+            while True:
+                taken.append(os.open(os.devnull, os.O_RDONLY))
+        yield
+    finally:
+        for each in taken:
+            os.close(each)
 
 
 @pytest.mark.parametrize("kind", ["file"], indirect=True)
