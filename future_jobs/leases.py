@@ -45,6 +45,7 @@ class Leases:
         *,
         time: Callable[[], datetime],
         held: Callable[[], set[Token]],
+        claiming: Callable[[], bool],
         queues: Mapping[str, int],
         attend: Callable[[], None],
     ) -> None:
@@ -53,6 +54,7 @@ class Leases:
         self.lease = lease
         self._time = time
         self._held = held
+        self._claiming = claiming
         self._queues = dict(queues)
         self._attend = attend
         self._started_at: datetime | None = None
@@ -136,11 +138,12 @@ class Leases:
 
         A job that the database says it holds, and it knows nothing of, was claimed by a transaction whose commit was
         reported as lost. Renewed with the others it would never run: if it is still there the next time, it goes back.
+        While the worker claims, it may have committed what it does not know of yet.
         """
         if not self._held() and not self._strays:
             return
         renewed = self.units.write(lambda connection: statements.renew(connection, self.worker, self.end()))
-        unknown = renewed - self._held()
+        unknown = set() if self._claiming() else renewed - self._held()
         lasting, self._strays = unknown & self._strays, unknown
         if lasting:
             self.units.write(lambda connection: lifecycle.release_all(connection, lasting))

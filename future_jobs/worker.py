@@ -143,6 +143,7 @@ class Worker:
         self.ran = 0
         self._alarm = wakeups.Alarm()
         self._held: dict[Token, Claimed] = {}
+        self._is_claiming = False  # what it has committed may not be in what it holds
         self._told: deque[Level] = deque()  # levels in which this process has scheduled something that is due
         self._looks_next = False  # what it was told of is claimed first
         self._stale_after = 0.0
@@ -297,11 +298,16 @@ class Worker:
         def work(connection: Connection) -> tuple[list[Ended], Taken]:
             return crew.performer.complete(connection, completions), crew.claims.take(connection, wishes)
 
-        ended, taken = crew.units.write(work)
+        self._is_claiming = bool(wishes)
+        try:
+            ended, taken = crew.units.write(work)
+            for _, rows in taken.rows:
+                self._held.update((row.token, row) for row in rows)
+        finally:
+            self._is_claiming = False
         self._settled(crew, [*[each for each in done if each.is_written], *ended] if completions else done)
         crew.claims.took(taken)
         for lane, rows in taken.rows:
-            self._held.update((row.token, row) for row in rows)
             if rows:
                 lane.add(rows)
         claimed = [row for _, rows in taken.rows for row in rows]
@@ -430,6 +436,7 @@ class Worker:
             self.lease,
             time=now,
             held=self._tokens,
+            claiming=lambda: self._is_claiming,
             queues=self.queues,
             attend=performer.attend,
         )

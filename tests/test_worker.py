@@ -632,6 +632,39 @@ def test_jobs_that_were_claimed_by_a_commit_whose_reply_was_lost_go_back(paralle
         stage.gate.set()
 
 
+def test_what_is_being_claimed_is_not_handed_back(parallel, scheduler, session, stage):
+    """A claim may be committed some time before the worker, which is starved of the processor, knows what it has."""
+    scheduler.enqueue("tests.workjobs.held")
+    session.commit()
+    with Worker(parallel, queues={"default": 2}).background() as worker:
+        stage.wait_for(lambda: stage.now == 1)
+        crew = worker._crew
+        crew.leases.stop()  # from here on they are renewed when the test says so
+        job = scheduler.enqueue("tests.workjobs.note")
+        seen = []
+
+        def committed(*_):
+            if threading.current_thread() is not worker._loop or seen:
+                return
+            with Session(parallel) as other:
+                if other.get_one(ScheduledJob, job.id).attempt == 0:
+                    return
+            seen.append(True)
+            for _ in range(2):
+                renewal = threading.Thread(target=crew.leases.renew)
+                renewal.start()
+                renewal.join()
+
+        session.flush()
+        event.listen(crew.units.engine, "checkin", committed)
+        session.commit()
+        stage.wait_for(lambda: seen)
+        stage.gate.set()
+        stage.wait_for(lambda: statuses(session) == {"complete": 2})
+    session.refresh(job)
+    assert job.attempt == 1
+
+
 def test_two_workers_share_and_never_double(parallel, scheduler, session, stage):
     calls = [{"priority": n % 3} for n in range(300)]
     ids = scheduler.schedule_many("0s", "tests.workjobs.count_in_database", calls)

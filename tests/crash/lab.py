@@ -337,6 +337,10 @@ class Lab:
             found = select(ScheduledJob.status, ScheduledJob.attempt).where(ScheduledJob.id == job_id)
             return tuple(session.execute(found).one())
 
+    def losses(self, job_id: int) -> int:
+        with Session(self._engine) as session:
+            return session.get_one(ScheduledJob, job_id).losses
+
     def until(self, true: Callable[[], bool], *, seconds: float = PATIENCE, tend: bool = True) -> None:
         """Wait for what other processes do."""
         give_up_at = monotonic() + seconds
