@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 from sqlalchemy.engine import Connection
 
-from . import lifecycle, statements
+from . import claim_statements, lifecycle, statements
 from .lifecycle import FRAGILE
 from .limits import Limits
 from .slots import Lane
@@ -174,7 +174,7 @@ class Claims:
                 leased_until=self._lease_end(),
                 most_losses=most_losses,
             )
-        return statements.claim(
+        return claim_statements.claim(
             connection,
             level,
             after=(level.first_at, 0),

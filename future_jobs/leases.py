@@ -21,7 +21,7 @@ from time import monotonic
 
 from sqlalchemy.engine import Connection
 
-from . import events, lifecycle, limit_statements, statements
+from . import claim_statements, events, lifecycle, limit_statements, statements
 from .performing import ATTEND_SECONDS, tell_rescued
 from .statements import Token
 from .units import Units
@@ -156,7 +156,7 @@ class Leases:
         now, seen, held = self._time(), monotonic(), self._held()
 
         def look(connection: Connection) -> dict[tuple[Token, datetime | None], float]:
-            rows = statements.leases(connection, before=now + self.lease * WATCHED, limit=MOST_WATCHED)
+            rows = claim_statements.leases(connection, before=now + self.lease * WATCHED, limit=MOST_WATCHED)
             keys = [(Token(row.id, row.attempt), row.leased_until) for row in rows]
             return {key: self._watched.get(key, seen) for key in keys if key[0] not in held}
 

@@ -17,7 +17,7 @@ from sqlalchemy import ColumnElement
 from sqlalchemy.engine import Connection, Row
 from sqlalchemy.exc import IntegrityError
 
-from . import bulk, statements, unique_statements
+from . import bulk, claim_statements, statements, unique_statements
 from .dialects import Encoded
 from .statements import Claimed, Level, Token
 from .status import Status, check
@@ -340,7 +340,7 @@ def expire(connection: Connection, level: Level, *, now: datetime) -> list[Row[A
     values = {"status": Status.EXPIRED, "finished_at": now}
     return [
         row
-        for row in statements.expired(connection, level, now=now, limit=SWEEP)
+        for row in claim_statements.expired(connection, level, now=now, limit=SWEEP)
         if statements.move(connection, Token(row.id, row.attempt), Status.SCHEDULED, values)
     ]
 
@@ -361,7 +361,7 @@ def rescue(
     they were and the state they are in now.
     """
     taken = []
-    for row in statements.abandoned(connection, before=now - grace, limit=SWEEP):
+    for row in claim_statements.abandoned(connection, before=now - grace, limit=SWEEP):
         token = Token(row.id, row.attempt)
         if watched is not None and (token, row.leased_until) not in watched:
             continue

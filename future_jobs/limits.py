@@ -19,7 +19,7 @@ from time import monotonic
 
 from sqlalchemy.engine import Connection
 
-from . import limit_statements, statements
+from . import claim_statements, limit_statements, statements
 from .errors import UsageError
 from .limit_statements import Waiting
 from .rates import Rate, Starts, parse_rate
@@ -142,7 +142,7 @@ class Limits:
             claimed = _fitting(connection, place, picked, now=now, at=at, most_losses=most_losses)
             if claimed:
                 ids = [row.id for row in claimed]
-                statements.take(connection, ids, worker=worker, leased_until=leased_until, started_at=at)
+                claim_statements.take(connection, ids, worker=worker, leased_until=leased_until, started_at=at)
             taken += claimed
         return taken
 
@@ -243,7 +243,7 @@ def _fitting(
     texts = limit_statements.lock(connection, sorted({row.limit_name for row in picked}))
     mine = [row for row in picked if row.limit_name in texts]
     place.full |= {row.limited_by: (row, None) for row in picked if row.limit_name not in texts}
-    found = {row.id: row for row in statements.lock_waiting(connection, [row.id for row in mine], now=now)}
+    found = {row.id: row for row in claim_statements.lock_waiting(connection, [row.id for row in mine], now=now)}
     gone = {row.id for row in mine} - found.keys()
     place.seen = [row for row in place.seen if row.id not in gone]
     running = limit_statements.running(connection, _keys(mine))

@@ -23,7 +23,7 @@ from typing import Any
 
 from sqlalchemy.engine import Connection
 
-from . import events, execution, lifecycle, limit_statements, statements, ticks
+from . import claim_statements, events, execution, lifecycle, limit_statements, statements, ticks
 from .errors import JobAborted
 from .lifecycle import Failed
 from .limits import Limits
@@ -134,7 +134,7 @@ class Pass:
         def look(connection: Connection) -> list[Level]:
             due = [level for level in statements.levels(connection) if self._serves(level)]
             self._newest = statements.newest(connection) if due else 0
-            late.extend(level for level in due if statements.is_any_expired(connection, level, now=self.now))
+            late.extend(level for level in due if claim_statements.is_any_expired(connection, level, now=self.now))
             paused.update(limit_statements.paused(connection) if due else ())
             return due
 
@@ -157,7 +157,7 @@ class Pass:
     def _rescue(self) -> None:
         # A single pass cannot watch whether a lease moves; a whole lease after its end it is over for certain.
         before = self._time() - LEASE
-        while self.units.read(lambda connection: statements.is_any_abandoned(connection, before=before)):
+        while self.units.read(lambda connection: claim_statements.is_any_abandoned(connection, before=before)):
             rescued = self.units.write(lambda connection: lifecycle.rescue(connection, now=self._time(), grace=LEASE))
             for row, status in rescued:
                 tell_rescued(row, status)
@@ -258,7 +258,7 @@ class Pass:
                 started_at=self._time(),
                 most_losses=statements.ANY_LOSSES if place.is_of_lost else 0,
             )
-        return statements.claim(
+        return claim_statements.claim(
             connection,
             place.level,
             after=place.after,

@@ -10,7 +10,7 @@ from typing import Any
 from sqlalchemy import URL, create_engine, make_url
 from sqlalchemy.engine import Engine
 from sqlalchemy.orm import Session, scoped_session, sessionmaker
-from sqlalchemy.pool import QueuePool
+from sqlalchemy.pool import QueuePool, reset_none
 
 from .dialects import absolute, is_autocommit, keep_for_own
 from .errors import InvalidArgument, InvalidOption, shown
@@ -88,8 +88,11 @@ def described(source: Any) -> str:
 def own_engine(engine: Engine) -> Engine:
     """Return an engine on the same database with a pool of its own, so that jobs cannot use up its connections."""
     options = {name: each for name, each in engine.get_execution_options().items() if name != "isolation_level"}
+    pool = engine.pool.recreate()
+    # What is ours ends each transaction itself; a ROLLBACK after each COMMIT would be one more message to the server.
+    pool._reset_on_return = reset_none  # noqa: SLF001 (only the constructor knows it else)
     own = Engine(
-        engine.pool.recreate(),
+        pool,
         engine.dialect,
         engine.url,
         execution_options=options,

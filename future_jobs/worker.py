@@ -29,7 +29,7 @@ from sqlalchemy.engine import Connection, Engine
 from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.orm import scoped_session, sessionmaker
 
-from . import events, execution, lifecycle, schema, statements, tick_statements, ticks, wakeups
+from . import claim_statements, events, execution, lifecycle, schema, statements, tick_statements, ticks, wakeups
 from .callables import Allow
 from .claims import Claims, Taken, Wish
 from .crew import Crew, PatientPerformer, opener
@@ -251,7 +251,7 @@ class Worker:
         def look(connection: Connection) -> tuple[list[Level], list[Level], datetime | None]:
             found = crew.claims.levels(connection)
             due = [level for level in found if level.first_at <= now] if monotonic() >= crew.expire_at else []
-            late = [level for level in due if statements.is_any_expired(connection, level, now=now)]
+            late = [level for level in due if claim_statements.is_any_expired(connection, level, now=now)]
             return crew.claims.startable(connection, found), late, tick_statements.next_tick(connection)
 
         self._stale_after = monotonic() + LOOK_SECONDS  # what wakes it meanwhile makes it stale again

@@ -31,6 +31,7 @@ ORDER = (
     "dialects",
     "models",
     "statements",
+    "claim_statements",
     "bulk",
     "unique_statements",
     "tick_statements",

@@ -8,7 +8,7 @@ from time import monotonic
 import pytest
 from sqlalchemy import select, update
 
-from future_jobs import ScheduledJob, Status, Worker, statements
+from future_jobs import ScheduledJob, Status, Worker, claim_statements, statements
 from future_jobs.errors import InvalidArgument, InvalidOption
 from future_jobs.limits import Limits
 from future_jobs.models import Limit
@@ -189,8 +189,8 @@ def hold(session, job):
     """Let another worker run ``job``, for as long as a lease."""
     now = utc_now()
     connection = session.connection()
-    found = statements.lock_waiting(connection, [job.id], now=now)
-    statements.take(
+    found = claim_statements.lock_waiting(connection, [job.id], now=now)
+    claim_statements.take(
         connection, [row.id for row in found], worker="other", leased_until=now + timedelta(minutes=1), started_at=now
     )
     session.commit()

@@ -7,7 +7,7 @@ from secrets import token_hex
 import pytest
 from sqlalchemy.orm import Session
 
-from future_jobs import Snooze, execution, lifecycle, statements
+from future_jobs import Snooze, claim_statements, execution, lifecycle, statements
 from future_jobs.lifecycle import Snoozed
 from future_jobs.performing import Performer
 from future_jobs.sessions import JobSession
@@ -40,7 +40,7 @@ def claim(units, scheduler, session, now):
 
         def work(connection):
             [level] = statements.levels(connection)
-            [row] = statements.claim(
+            [row] = claim_statements.claim(
                 connection,
                 level,
                 after=(level.first_at, 0),

@@ -7,7 +7,7 @@ from datetime import timedelta
 import pytest
 from sqlalchemy import insert, update
 
-from future_jobs import ScheduledJob, Scheduler, Status, Worker, limit_statements, statements
+from future_jobs import ScheduledJob, Scheduler, Status, Worker, claim_statements, limit_statements
 from future_jobs.errors import InvalidArgument
 from future_jobs.explaining import Reason
 from future_jobs.statements import Level
@@ -91,8 +91,8 @@ def test_nothing_of_a_paused_queue_can_be_claimed_by_one_that_knows_of_it(schedu
 
     def claimed():
         if options:
-            return statements.lock_waiting(connection, [job.id], now=now)
-        return statements.claim(
+            return claim_statements.lock_waiting(connection, [job.id], now=now)
+        return claim_statements.claim(
             connection,
             Level("mail", 0, now),
             after=(now, 0),

@@ -18,7 +18,16 @@ from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import Session
 from sqlalchemy.pool import StaticPool
 
-from future_jobs import ScheduledJob, Scheduler, bulk, create_tables, lifecycle, statements, unique_statements
+from future_jobs import (
+    ScheduledJob,
+    Scheduler,
+    bulk,
+    claim_statements,
+    create_tables,
+    lifecycle,
+    statements,
+    unique_statements,
+)
 from future_jobs.errors import AlreadyScheduled, IllegalTransition
 from future_jobs.lifecycle import Completed, Failed, Failure, Retried, Snoozed
 from future_jobs.statements import J, Token
@@ -126,7 +135,7 @@ class Lives(RuleBasedStateMachine):
     def claim_one(self, worker):
         def work(connection):
             for level in statements.levels(connection):
-                rows = statements.claim(
+                rows = claim_statements.claim(
                     connection,
                     level,
                     after=(level.first_at, 0),
@@ -331,15 +340,15 @@ def finish_batches_by_status_only(monkeypatch):
 
 
 def no_expiry_check(monkeypatch):
-    due = statements._due.__wrapped__
+    due = claim_statements._due.__wrapped__
 
     def without(*arguments):
         found = due(*arguments)
         kept = [clause for clause in found.whereclause.clauses if "expires_at" not in str(clause)]
         return select(J.id).where(*kept).order_by(J.run_at, J.id).limit(found._limit_clause)
 
-    monkeypatch.setattr(statements, "_due", without)
-    statements._claim_at_once.cache_clear()
+    monkeypatch.setattr(claim_statements, "_due", without)
+    claim_statements._claim_at_once.cache_clear()
 
 
 def cancel_in_any_state(monkeypatch):
@@ -388,7 +397,8 @@ KILL = settings(SETTINGS, max_examples=1_500, phases=[Phase.generate], report_mu
 @contextmanager
 def fresh_statements():
     """Statements that a mutant built must not stay in the caches."""
-    cached = [each for each in vars(statements).values() if hasattr(each, "cache_clear")]
+    rooms = (statements, claim_statements, unique_statements)
+    cached = {each for room in rooms for each in vars(room).values() if hasattr(each, "cache_clear")}
     try:
         yield
     finally:
