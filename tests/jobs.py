@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from sqlalchemy import text as sql
 from sqlalchemy.orm import Session
 
 from future_jobs import ScheduledJob, Scheduler, job, job_as_parameter
@@ -39,6 +40,12 @@ def write_then_fail(text, session: Session):
     session.add(Letter(text=text))
     session.flush()
     raise ValueError("fail")
+
+
+def read_in_part(session: Session):
+    found = session.connection().execute(sql("SELECT 1 UNION ALL SELECT id FROM future_jobs_scheduled_job"))
+    found.fetchone()
+    raise ValueError("in part")
 
 
 def annotated(number, job: ScheduledJob, session: Session):
