@@ -59,6 +59,11 @@ class Crew:
         self.context.time = execution.ticking(self.units.read(statements.clock) or utc_now())
         self.measure_at = monotonic() + MEASURE_SECONDS
 
+    def leave(self) -> None:
+        """Leave to the parent, from which this process was forked, what is its own."""
+        self.watch.leave()
+        self.units.engine.dispose(close=False)
+
     def end(self) -> None:
         """Give back everything."""
         self.watch.stop()

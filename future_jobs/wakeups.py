@@ -279,25 +279,35 @@ class Watch:
     ``own`` counts the commits of those for whom it watches, as far as they do: they need not be woken for these.
     """
 
+    _has_ears = False
+
     def __init__(self, engine: Engine, wake: Callable[[], Any], *, own: Callable[[], int] = lambda: 0) -> None:
         self._engine = engine
         self._wake = wake
         self._own = own
         self._over = threading.Event()
-        self._bell, self._ear = socket.socketpair()  # a thread that waits for the kernel hears no Event
         self._thread = threading.Thread(target=self._run, name=f"future_jobs {type(self).__name__}", daemon=True)
 
     def start(self) -> None:
         """Begin to watch."""
+        self._bell, self._ear = socket.socketpair()  # a thread that waits for the kernel hears no Event
+        self._has_ears = True
         self._thread.start()
 
     def stop(self) -> None:
         """Return once nothing is watched any more."""
         self._over.set()
-        self._bell.close()
-        if self._thread.is_alive():
-            self._thread.join(timeout=5)  # it may be waiting for a database that is away
-        self._ear.close()
+        if self._has_ears:
+            self._bell.close()
+            if self._thread.is_alive():
+                self._thread.join(timeout=5)  # it may be waiting for a database that is away
+            self._ear.close()
+
+    def leave(self) -> None:
+        """Let go of what a process has that was forked from the one which watches."""
+        if self._has_ears:
+            self._bell.close()
+            self._ear.close()
 
     def _run(self) -> None:
         pause = FIRST_PAUSE

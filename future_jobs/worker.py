@@ -164,7 +164,7 @@ class Worker:
             return
         self.engine.dispose(close=False)
         if self._crew is not None:
-            self._crew.units.engine.dispose(close=False)
+            self._crew.leave()
             self._has_lost_executor = isinstance(self._given_executor, Executor)
             self.lanes = {name: Lane(lane.slots, lane.prefetch) for name, lane in self.lanes.items()}
         self._begin()

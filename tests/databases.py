@@ -85,7 +85,10 @@ def prepared_url(kind: str, folder: os.PathLike[str]) -> Iterator[URL]:
             "AND pid <> pg_backend_pid()",
         )
     tables = [*reversed(metadata.sorted_tables), *reversed(shop.Base.metadata.sorted_tables)]
-    _execute(url, *(f"DELETE FROM {table.name}" for table in tables))
+    with _engine(url).connect().execution_options(isolation_level="READ COMMITTED") as connection:
+        for table in tables:
+            connection.execute(text(f"DELETE FROM {table.name}"))
+        connection.commit()
     kept.append(url)
 
 
@@ -116,9 +119,14 @@ def _drop(kind: str, url: URL) -> None:
         _execute(make_url(_admin_urls()[kind]), f"DROP DATABASE {url.database}{force}")
 
 
+@cache
+def _engine(url: URL) -> Engine:
+    # Kept, since what an engine asks a server at its first connection takes longer than all else here.
+    return create_engine(url, isolation_level="AUTOCOMMIT", poolclass=NullPool)
+
+
 def _execute(url: URL, *statements: str) -> None:
-    engine = create_engine(url, isolation_level="AUTOCOMMIT", poolclass=NullPool)
-    with engine.connect() as connection:
+    with _engine(url).connect() as connection:
         for statement in statements:
             connection.execute(text(statement))
 

@@ -9,7 +9,15 @@ import pytest
 from sqlalchemy import event, insert, select, text
 from sqlalchemy.orm import Session
 
-from future_jobs import ScheduledJob, Scheduler, bulk, create_tables, limit_statements, unique_statements
+from future_jobs import (
+    ScheduledJob,
+    Scheduler,
+    bulk,
+    claim_statements,
+    create_tables,
+    limit_statements,
+    unique_statements,
+)
 from future_jobs import statements as st
 from future_jobs.dialects import backend_of
 from future_jobs.sources import own_engine
@@ -73,7 +81,7 @@ def analyze(engine):
 
 
 def claimed(connection, level, *, worker="me", limit=100, losses=(0, 9)):
-    return st.claim(
+    return claim_statements.claim(
         connection,
         level,
         after=(level.first_at, 0),
@@ -108,7 +116,7 @@ LOOP = {
     "claim": (lambda connection: claimed(connection, DUE), 60),
     "claim ahead": (lambda connection: claimed(connection, DUE, losses=(0, 0)), 60),
     "claim where nothing is due": (lambda connection: claimed(connection, FUTURE._replace(first_at=NOW)), 20),
-    "look for expired": (lambda connection: st.is_any_expired(connection, FUTURE, now=NOW), 20),
+    "look for expired": (lambda connection: claim_statements.is_any_expired(connection, FUTURE, now=NOW), 20),
     "renew": (lambda connection: st.renew(connection, "the living", NOW + timedelta(minutes=2)), 60),
     "asked to stop": (lambda connection: st.asked_to_stop(connection, sorted(of_the_living(connection))[:5]), 60),
     "progress": (
@@ -118,7 +126,7 @@ LOOP = {
     "who has a key": (lambda connection: unique_statements.holder(connection, "a key"), 20),
     "look at limited": (lambda connection: due_and_limited(connection), 60),
     "count what runs of a key": (lambda connection: limit_statements.running(connection, ["k", "l"]), 20),
-    "leases": (lambda connection: st.leases(connection, before=NOW, limit=100), 150),
+    "leases": (lambda connection: claim_statements.leases(connection, before=NOW, limit=100), 150),
 }
 
 
@@ -155,7 +163,7 @@ def complaints_of_sqlite(connection, statement, parameters, most):
 
 
 def complaints_of_postgresql(connection, statement, parameters, most):
-    st._guide(connection)
+    st.guide(connection)
     found = connection.exec_driver_sql(f"EXPLAIN (ANALYZE, BUFFERS, FORMAT JSON) {statement}", parameters).scalar()
     plan = (found if isinstance(found, list) else json.loads(found))[0]["Plan"]
     nodes = [plan]
