@@ -344,13 +344,13 @@ class Watch:
         with watching(files, bell=self._ear.fileno()) as written:
             seen, own, pause = count(), self._own(), BUSY_SECONDS
             rest, woke_at, wake_at = BUSY_SECONDS, monotonic(), math.inf
-            calm_at = 0.0
+            calm_at, is_quiet = 0.0, True
             self._wake()  # for what came while nobody looked
             while not self._over.is_set():
-                is_calm = pause >= IDLE_SECONDS and monotonic() >= calm_at and wake_at == math.inf
-                if written is None or not is_calm:
+                is_calm = pause >= IDLE_SECONDS and monotonic() >= calm_at
+                if written is None or not is_quiet:
                     sleep(pause)  # half the cost of waiting for an Event
-                elif written.wait(CALM_SECONDS):
+                elif written.wait(CALM_SECONDS if is_calm else pause):
                     pause, calm_at = SOON_SECONDS, monotonic() + ALERT_SECONDS
                 own_before, own = own, self._own()
                 seen_before, seen = seen, count()
@@ -359,11 +359,12 @@ class Watch:
                     wake_at = min(wake_at, woke_at + rest if own == own_before else now + OWN_SECONDS)
                     pause = BUSY_SECONDS
                 elif wake_at == math.inf:
-                    pause = min(pause * 1.1, IDLE_SECONDS)
+                    pause = min(pause * 1.3, IDLE_SECONDS)
                 if now >= wake_at:
                     rest = min(2 * rest, CROWDED_SECONDS) if now - woke_at < 2 * rest else BUSY_SECONDS
                     woke_at, wake_at = now, math.inf
                     self._wake()
+                is_quiet = seen == seen_before and wake_at == math.inf
 
 
 class Listener(Watch):
