@@ -113,12 +113,14 @@ class Performer:
             for token in self.units.read(lambda connection: statements.asked_to_stop(connection, tokens)):
                 at_work[token].ask_to_stop()
         if told := [run for run in at_work.values() if run.news is not None]:
-            self._note_progress(told, by=self.units.try_write)
+            self._note_progress(told, by=self.units.try_write, waits=False)
 
-    def _note_progress(self, runs: Sequence[Running], *, by: Callable[..., set[Token] | None]) -> None:
+    def _note_progress(
+        self, runs: Sequence[Running], *, by: Callable[..., set[Token] | None], waits: bool = True
+    ) -> None:
         """Write down what handlers have said of their progress."""
         news = {run.row.token: run.news for run in runs}
-        written = by(lambda connection: statements.note_progress(connection, news)) or ()
+        written = by(lambda connection: statements.note_progress(connection, news, waits=waits)) or ()
         for run in runs:
             if run.row.token in written and run.news is news[run.row.token]:
                 run.news = None

@@ -429,17 +429,17 @@ def asked_to_stop(connection: Connection, tokens: Iterable[Token]) -> set[Token]
 _ASKED = select(J.id, J.attempt).where(J.id.in_(bindparam("ids", expanding=True)), RUNNING, ASKED_TO_STOP)
 
 
-def note_progress(connection: Connection, progress: Mapping[Token, Any]) -> set[Token]:
+def note_progress(connection: Connection, progress: Mapping[Token, Any], *, waits: bool = True) -> set[Token]:
     """Write how far running jobs are; return those of which it was written. Primary key.
 
-    A job whose row is locked, by its own transaction as a rule, is passed over.
+    Unless it ``waits``, a job whose row is locked, by its own transaction as a rule, is passed over.
     """
-    free = {
-        Token(*row) for row in connection.execute(locked(connection, _NOTED), {"ids": [token.id for token in progress]})
-    }
-    for token in free & progress.keys():
-        connection.execute(_NOTE, {"_id": token.id, "_attempt": token.attempt, "_progress": progress[token]})
-    return free & progress.keys()
+    tokens = set(progress)
+    if not waits:
+        ids = [token.id for token in progress]
+        tokens &= {Token(*row) for row in connection.execute(locked(connection, _NOTED), {"ids": ids})}
+    news = {token: {"_id": token.id, "_attempt": token.attempt, "_progress": progress[token]} for token in tokens}
+    return {token for token, values in news.items() if _changed(connection, _NOTE, values)}
 
 
 _NOTED = select(J.id, J.attempt).where(J.id.in_(bindparam("ids", expanding=True)), RUNNING)

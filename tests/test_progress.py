@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from datetime import timedelta
 
 import pytest
-from sqlalchemy import text
+from sqlalchemy import select, text, update
 from sqlalchemy.orm import Session
 from sqlalchemy.pool import StaticPool
 
@@ -23,6 +23,7 @@ from future_jobs import (
     WaitTimeout,
     Worker,
     current_job,
+    statements,
 )
 from future_jobs.cli.words import as_dict, note
 from tests import stopjobs
@@ -111,6 +112,32 @@ def test_the_last_word_is_kept(engine, scheduler, session, run):
         session.expire_all()
     assert (job.latest_progress.fraction, job.latest_progress.message) == (0.3, "c")
     assert (failing.status, failing.latest_progress.message) == ("failed", "half")
+
+
+@pytest.mark.parametrize("kind", ["postgresql", "mariadb"], indirect=True)
+def test_the_last_word_waits_for_whoever_has_the_row(engine, scheduler, session):
+    """A claim of others may hold it for a moment; what is said while the job runs passes it over."""
+    job = scheduler.enqueue("tests.jobs.record")
+    session.commit()
+    token, done = statements.Token(job.id, 0), threading.Event()
+    session.execute(update(ScheduledJob).values(status="running"))
+    session.commit()
+
+    def say():
+        with engine.begin() as connection:
+            assert statements.note_progress(connection, {token: {"fraction": 0.5}}) == {token}
+        done.set()
+
+    with engine.connect() as other:
+        other.execute(select(ScheduledJob.id).with_for_update())
+        with engine.begin() as connection:
+            assert statements.note_progress(connection, {token: {"fraction": 0.1}}, waits=False) == set()
+        last = threading.Thread(target=say)
+        last.start()
+        assert not done.wait(0.1)
+        other.rollback()
+    last.join(20)
+    assert done.is_set()
 
 
 @pytest.mark.parametrize(("fraction", "kept"), [(-1, 0.0), (7, 1.0), (1, 1.0), (float("inf"), 1.0)])
