@@ -17,6 +17,7 @@ from .models import Queue
 from .statements import (
     ANY_LOSSES,
     CLAIMED,
+    DUE,
     JOBS,
     NOT_EXPIRED,
     OF_KIND,
@@ -26,6 +27,7 @@ from .statements import (
     Claimed,
     J,
     Level,
+    due_after,
     guide,
     locked,
     spelled,
@@ -65,15 +67,9 @@ def claim(
     backend = backend_of(connection)
     guide(connection)
     found = {
-        "in_queue": level.queue,
-        "at_priority": level.priority,
-        "after_at": after[0],
-        "after_id": after[1],
-        "newest": newest,
+        **due_after(level, after=after, newest=newest, now=now, limit=limit),
         "least_losses": losses[0],
         "most_losses": losses[1],
-        "now": now,
-        "limit": limit,
     }
     taken = {"worker": worker, "until": leased_until, "started": started_at or now}
     if backend.returning:
@@ -109,20 +105,12 @@ def _not_paused(queue: ColumnElement[str]) -> ColumnElement[bool]:
 @cache
 def _due(backend: Backend) -> Select[Any]:
     # ix_future_jobs_due, or ix_future_jobs_status: equality on queue and priority, a range on run_at, no sort.
-    after_at = bindparam("after_at", type_=UTCDateTime)
     due = (
         select(J.id)
         .where(
-            WAITING,
+            *DUE,
             UNLIMITED,
-            J.queue == bindparam("in_queue"),
-            J.priority == bindparam("at_priority"),
-            J.run_at <= bindparam("now", type_=UTCDateTime),
-            J.run_at >= after_at,
-            or_(J.run_at > after_at, J.id > bindparam("after_id")),
-            J.id <= bindparam("newest"),
             J.losses.between(bindparam("least_losses"), bindparam("most_losses")),
-            NOT_EXPIRED,
             _not_paused(bindparam("in_queue")),
         )
         .order_by(J.run_at, J.id)

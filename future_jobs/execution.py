@@ -277,6 +277,7 @@ def _drop_locals(error: BaseException, outer: BaseException | None) -> None:
             seen.add(id(each))
             traceback.clear_frames(each.__traceback__)
             pending += filter(None, (each.__cause__, each.__context__))
+            pending += each.exceptions if isinstance(each, BaseExceptionGroup) else ()
 
 
 def _wrapped(this: Running) -> Any:

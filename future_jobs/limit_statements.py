@@ -15,7 +15,7 @@ from sqlalchemy.sql.dml import Insert
 
 from .dialects import Backend, Encoded, UTCDateTime, backend_of, insert_unless_there
 from .models import Limit, Queue, RunningWorker
-from .statements import LIMITED, NOT_EXPIRED, RUNNING, WAITING, J, Level
+from .statements import DUE, LIMITED, RUNNING, J, Level, due_after
 
 __all__ = ["Waiting"]
 
@@ -58,37 +58,16 @@ def due(
 
     ix_future_jobs_due or ix_future_jobs_status, which has the group: what is left out is not read from the table.
     """
-    params = {
-        "in_queue": level.queue,
-        "at_priority": level.priority,
-        "after_at": after[0],
-        "after_id": after[1],
-        "newest": newest,
-        "without": list(without),
-        "now": now,
-        "limit": limit,
-    }
+    params = {**due_after(level, after=after, newest=newest, now=now, limit=limit), "without": list(without)}
     return [*map(Waiting._make, connection.execute(_due(bool(without)), params))]
 
 
 @cache
 def _due(without_some: bool) -> Select[Any]:
-    after_at = bindparam("after_at", type_=UTCDateTime)
     conditions = [J.limited_by.not_in(bindparam("without", expanding=True))] if without_some else []
     return (
         select(*(J[name] for name in Waiting._fields))
-        .where(
-            WAITING,
-            LIMITED,
-            J.queue == bindparam("in_queue"),
-            J.priority == bindparam("at_priority"),
-            J.run_at <= bindparam("now", type_=UTCDateTime),
-            J.run_at >= after_at,
-            or_(J.run_at > after_at, J.id > bindparam("after_id")),
-            J.id <= bindparam("newest"),
-            *conditions,
-            NOT_EXPIRED,
-        )
+        .where(*DUE, LIMITED, *conditions)
         .order_by(J.run_at, J.id)
         .limit(bindparam("limit"))
     )

@@ -113,14 +113,13 @@ class Performer:
             for token in self.units.read(lambda connection: statements.asked_to_stop(connection, tokens)):
                 at_work[token].ask_to_stop()
         if told := [run for run in at_work.values() if run.news is not None]:
-            self._note_progress(told, by=self.units.try_write, waits=False)
+            self._note_progress(told, waits=False)
 
-    def _note_progress(
-        self, runs: Sequence[Running], *, by: Callable[..., set[Token] | None], waits: bool = True
-    ) -> None:
+    def _note_progress(self, runs: Sequence[Running], *, waits: bool) -> None:
         """Write down what handlers have said of their progress."""
         news = {run.row.token: run.news for run in runs}
-        written = by(lambda connection: statements.note_progress(connection, news, waits=waits)) or ()
+        write = self.units.write if waits else self.units.try_write
+        written = write(lambda connection: statements.note_progress(connection, news, waits=waits)) or ()
         for run in runs:
             if run.row.token in written and run.news is news[run.row.token]:
                 run.news = None
@@ -148,7 +147,7 @@ class Performer:
                 this.opened.close()
             if this.news is not None:
                 with suppress(SQLAlchemyError, DatabaseBusy):  # it is not worth failing for
-                    self._note_progress([this], by=self.units.write)
+                    self._note_progress([this], waits=True)
 
     def _finish(self, this: Running, work: JobSession, outcome: Outcome) -> tuple[Status | None, Outcome]:
         """Commit what the handler wrote together with its outcome; None if the job had gone to another meanwhile."""

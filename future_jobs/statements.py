@@ -126,8 +126,34 @@ ONE_MORE_ATTEMPT = J.attempt + 1
 # A null expiry is "never". A job whose expiry equals now still runs.
 NOT_EXPIRED = or_(J.expires_at.is_(None), J.expires_at >= bindparam("now", type_=UTCDateTime))
 
+_AFTER_AT = bindparam("after_at", type_=UTCDateTime)
+DUE = (
+    WAITING,
+    J.queue == bindparam("in_queue"),
+    J.priority == bindparam("at_priority"),
+    J.run_at <= bindparam("now", type_=UTCDateTime),
+    J.run_at >= _AFTER_AT,
+    or_(J.run_at > _AFTER_AT, J.id > bindparam("after_id")),
+    J.id <= bindparam("newest"),
+    NOT_EXPIRED,
+)
+"""What may start of one level, from a place in the order of ``(run_at, id)`` on; see `due_after` for its parameters."""
+
 AS_TEXT = {"args", "kwargs", "options", "tags"}  # JSON, decoded once, by the room that needs it
 CLAIMED = tuple(type_coerce(J[name], Text).label(name) if name in AS_TEXT else J[name] for name in Claimed._fields)
+
+
+def due_after(level: Level, *, after: tuple[datetime, int], newest: int, now: datetime, limit: int) -> dict[str, Any]:
+    """Return the parameters of `DUE`, and of a ``LIMIT``. Ids above ``newest`` are left out."""
+    return {
+        "in_queue": level.queue,
+        "at_priority": level.priority,
+        "after_at": after[0],
+        "after_id": after[1],
+        "newest": newest,
+        "now": now,
+        "limit": limit,
+    }
 
 
 # --- adding -------------------------------------------------------------------------------------------------------

@@ -30,7 +30,7 @@ from sqlalchemy.orm import Session, SessionTransaction
 from . import events, statements
 from .dialects import backend_of, change_counter, is_single_connection, received, written_files
 from .errors import InvalidArgument, shown
-from .filewatch import watching
+from .filewatch import FileWatch, watching
 from .statements import Level
 from .times import seconds_of
 
@@ -279,35 +279,31 @@ class Watch:
     ``own`` counts the commits of those for whom it watches, as far as they do: they need not be woken for these.
     """
 
-    _has_ears = False
-
     def __init__(self, engine: Engine, wake: Callable[[], Any], *, own: Callable[[], int] = lambda: 0) -> None:
         self._engine = engine
         self._wake = wake
         self._own = own
         self._over = threading.Event()
+        self._sockets: tuple[socket.socket, ...] = ()
         self._thread = threading.Thread(target=self._run, name=f"future_jobs {type(self).__name__}", daemon=True)
 
     def start(self) -> None:
         """Begin to watch."""
-        self._bell, self._ear = socket.socketpair()  # a thread that waits for the kernel hears no Event
-        self._has_ears = True
+        self._sockets = self._bell, self._ear = socket.socketpair()  # what waits for the kernel hears no Event
         self._thread.start()
 
     def stop(self) -> None:
         """Return once nothing is watched any more."""
         self._over.set()
-        if self._has_ears:
+        if self._thread.is_alive():
             self._bell.close()
-            if self._thread.is_alive():
-                self._thread.join(timeout=5)  # it may be waiting for a database that is away
-            self._ear.close()
+            self._thread.join(timeout=5)  # it may be waiting for a database that is away
+        self.leave()
 
     def leave(self) -> None:
-        """Let go of what a process has that was forked from the one which watches."""
-        if self._has_ears:
-            self._bell.close()
-            self._ear.close()
+        """Give back its sockets, and no more: a forked process is not the one to stop the watch of its parent."""
+        for each in self._sockets:
+            each.close()
 
     def _run(self) -> None:
         pause = FIRST_PAUSE
@@ -342,29 +338,47 @@ class Watch:
 
     def _follow(self, count: Callable[[], int], files: Sequence[str]) -> None:
         with watching(files, bell=self._ear.fileno()) as written:
-            seen, own, pause = count(), self._own(), BUSY_SECONDS
-            rest, woke_at, wake_at = BUSY_SECONDS, monotonic(), math.inf
-            calm_at, is_quiet = 0.0, True
+            pace = _Pace(written)
+            seen = seen_before = count()
+            own, rest, woke_at, wake_at = self._own(), BUSY_SECONDS, monotonic(), math.inf
             self._wake()  # for what came while nobody looked
             while not self._over.is_set():
-                is_calm = pause >= IDLE_SECONDS and monotonic() >= calm_at
-                if written is None or not is_quiet:
-                    sleep(pause)  # half the cost of waiting for an Event
-                elif written.wait(CALM_SECONDS if is_calm else pause):
-                    pause, calm_at = SOON_SECONDS, monotonic() + ALERT_SECONDS
+                pace.wait(is_quiet=seen == seen_before and wake_at == math.inf)
                 own_before, own = own, self._own()
                 seen_before, seen = seen, count()
                 now = monotonic()
                 if seen != seen_before:
                     wake_at = min(wake_at, woke_at + rest if own == own_before else now + OWN_SECONDS)
-                    pause = BUSY_SECONDS
+                    pace.hurry()
                 elif wake_at == math.inf:
-                    pause = min(pause * 1.3, IDLE_SECONDS)
+                    pace.slow_down()
                 if now >= wake_at:
                     rest = min(2 * rest, CROWDED_SECONDS) if now - woke_at < 2 * rest else BUSY_SECONDS
                     woke_at, wake_at = now, math.inf
                     self._wake()
-                is_quiet = seen == seen_before and wake_at == math.inf
+
+
+class _Pace:
+    """How long to wait between two looks at a count of commits; less, where it is told that something was written."""
+
+    def __init__(self, written: FileWatch | None) -> None:
+        self._written = written
+        self._pause = BUSY_SECONDS
+        self._calm_at = 0.0
+
+    def wait(self, *, is_quiet: bool) -> None:
+        if self._written is None or not is_quiet:
+            sleep(self._pause)  # half the cost of waiting for an Event
+            return
+        is_calm = self._pause >= IDLE_SECONDS and monotonic() >= self._calm_at
+        if self._written.wait(CALM_SECONDS if is_calm else self._pause):
+            self._pause, self._calm_at = SOON_SECONDS, monotonic() + ALERT_SECONDS
+
+    def hurry(self) -> None:
+        self._pause = BUSY_SECONDS
+
+    def slow_down(self) -> None:
+        self._pause = min(self._pause * 1.3, IDLE_SECONDS)
 
 
 class Listener(Watch):

@@ -59,7 +59,6 @@ Source = Engine | URL | str | sessionmaker[Any] | scoped_session[Any]
 AHEAD_SECONDS = 0.03  # so long before a job is due an idle worker looks, so that it need not when it is
 LOOK_SECONDS = 0.1  # while busy, how long a job of a better priority may go unseen
 MISSED_SECONDS = 0.02  # until the next try, when others hold what is due
-YIELD_SECONDS = 0.0003  # to what was just started, before it looks what else there is
 PRUNE_SECONDS = 3600.0
 PRUNE_LIMIT = 5_000
 
@@ -200,7 +199,7 @@ class Worker:
             raise
         for lane in self.lanes.values():
             crew.runner.start(lane)
-        delay = YIELD_SECONDS if self._looks_next else self._delay(crew, wanted=bool(wishes), claimed=claimed)
+        delay = 0.0 if self._looks_next else self._delay(crew, wanted=bool(wishes), claimed=claimed)
         return min(delay, put_off) if put_off else delay
 
     def run(self, *, timeout: str | timedelta = "30s") -> None:

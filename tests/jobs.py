@@ -48,6 +48,14 @@ def read_in_part(session: Session):
     raise ValueError("in part")
 
 
+def read_in_part_in_a_group(session: Session):
+    try:
+        read_in_part(session)
+    except ValueError as error:
+        group = ExceptionGroup("all of it was read in part", [error])
+    raise group
+
+
 def annotated(number, job: ScheduledJob, session: Session):
     CALLS.append((number, job.id, job.session is session))
 

@@ -189,7 +189,7 @@ def test_an_idle_worker_wakes_a_little_before_a_job_is_due_to_have_looked_by_the
     worker.tick()
     scheduler.schedule("1m", "tests.workjobs.note", args=[1])
     session.commit()
-    while (delay := worker.tick()) < 1:
+    while not (delay := worker.tick()):
         pass
     worker.stop()
     assert 30 < delay < 60 - AHEAD_SECONDS
