@@ -11,7 +11,7 @@ from typing import Any
 
 from sqlalchemy.engine import Connection, Engine
 
-from . import execution, lifecycle, statements, wakeups
+from . import execution, lifecycle, statements, watches
 from .claims import Claims
 from .dialects import is_single_connection
 from .errors import CallableNotFound
@@ -41,7 +41,7 @@ class Crew:
     context: execution.Context
     performer: Performer
     leases: Leases
-    watch: wakeups.Watch
+    watch: watches.Watch
     claims: Claims
     runner: Runner
     outbox: Outbox

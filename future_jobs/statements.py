@@ -34,7 +34,6 @@ from sqlalchemy import (
     null,
     or_,
     select,
-    text,
     type_coerce,
     union_all,
     update,
@@ -342,20 +341,6 @@ def clock(connection: Connection) -> datetime | None:
         return None
     now = func.clock_timestamp() if backend.returning else func.utc_timestamp(6)
     return connection.scalar(select(type_coerce(now, UTCDateTime)))
-
-
-def notify(connection: Connection) -> None:
-    """Wake the workers that listen, when the transaction commits; no table."""
-    connection.execute(_NOTIFY)
-
-
-_CHANNEL = "future_jobs"
-_NOTIFY = select(func.pg_notify(_CHANNEL, ""))
-
-
-def listen(connection: Connection) -> None:
-    """Let ``connection`` hear of `notify`; no table."""
-    connection.execute(text(f"LISTEN {_CHANNEL}"))
 
 
 def place_of(connection: Connection, job_id: int) -> Any:

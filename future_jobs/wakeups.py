@@ -1,51 +1,37 @@
 """How a worker sleeps, and what ends its sleep before the time it has set itself.
 
 Looking again after a while finds every job; nothing here is needed for that. It makes a job that is due now start now:
-
-- A Session of this process that schedules something tells the workers of the same database once that is committed. What
-  was rolled back, to a SAVEPOINT too, tells nobody.
-- Where a database counts its commits, a thread watches the count. This notices what other processes do.
-- Where a database sends notifications, a thread may wait for them, if those who schedule were told to send some.
+a Session of this process that schedules something tells the workers of the same database once that is committed, and
+those elsewhere, if it was told to and the database can. What was rolled back, to a SAVEPOINT too, tells nobody.
 """
 
 from __future__ import annotations
 
 import math
-import random
-import selectors
-import socket
 import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
-from functools import cache, partial
+from functools import cache
 from pathlib import Path
-from time import monotonic, sleep
+from time import monotonic
 from typing import Any, Protocol, TypeVar
 
 from sqlalchemy import event
 from sqlalchemy.engine import Connection, Engine
 from sqlalchemy.orm import Session, SessionTransaction
 
-from . import events, statements
-from .dialects import backend_of, change_counter, is_single_connection, received, written_files
+from . import notify_statements
+from .dialects import backend_of, is_single_connection
 from .errors import InvalidArgument, shown
-from .filewatch import FileWatch, watching
 from .statements import Level
 from .times import seconds_of
 
-__all__ = ["Alarm", "Listener", "Watch", "announce", "listen", "notify_workers", "unlisten", "watch"]
+__all__ = ["Alarm", "Wake", "announce", "listen", "notify_workers", "unlisten"]
 
 Wake = Callable[[Sequence[Level]], None]
 
-BUSY_SECONDS, IDLE_SECONDS = 0.005, 0.0125  # between two looks at the count of commits
-SOON_SECONDS = 0.0005  # until the next look once the file was written, which happens before the commit
-ALERT_SECONDS, CALM_SECONDS = 0.1, 0.25  # for how long one looks often after a write; until the next look without
-CROWDED_SECONDS = 0.1  # from one wake to the next at most, while one commit follows the other
-OWN_SECONDS = 0.025  # after a commit of the worker itself, behind which another may hide
-FIRST_PAUSE, LONGEST_PAUSE = 0.1, 30.0  # seconds until a lost connection is replaced
 MOST_LEVELS = 16  # that a commit tells of
-PROBE_SECONDS = 30.0  # a connection that nobody speaks on is one that a firewall forgets
 
 
 class Alarm:
@@ -89,7 +75,7 @@ E = TypeVar("E", bound=_HasOptions)
 def notify_workers(engine: E, *, within: str | timedelta = "1s") -> E:
     """Let what schedules through ``engine`` wake workers in other processes, and on other hosts; return ``engine``.
 
-    On PostgreSQL a transaction that schedules a job which is due ``within`` this time sends one NOTIFY, which arrives
+    On PostgreSQL a transaction that schedules jobs which are due ``within`` this time sends a NOTIFY, which arrives
     when it commits at the workers that have ``notify=True``. What is due later they find by their ``poll``, which
     should be no longer. On other databases this does nothing. ``engine`` may be an AsyncEngine.
     """
@@ -124,8 +110,8 @@ class _Note:
     """What a transaction has scheduled through one connection: its levels, with the earliest time of each."""
 
     levels: dict[_Place, datetime] = field(default_factory=dict)
-    is_vague: bool = False  # there is something to look for that is no level, or are too many levels
-    is_sent: bool = False  # by NOTIFY
+    is_vague: bool = False  # there is something to look for that is no level
+    sent: _Note | None = None  # what others were told of it, by NOTIFY
 
     def put(self, place: _Place, run_at: datetime) -> None:
         """Take note of a job."""
@@ -137,13 +123,26 @@ class _Note:
         """Take note of what ``other`` does."""
         for place, run_at in other.levels.items():
             self.put(place, run_at)
-        self.is_vague |= other.is_vague or len(self.levels) > MOST_LEVELS
-        self.is_sent |= other.is_sent
+        self.is_vague |= other.is_vague
+        if other.sent is not None:
+            self.sent = self.sent or _Note()
+            self.sent.add(other.sent)
+
+    def until(self, latest: datetime) -> _Note:
+        """Return what is to be found no later than that."""
+        return _Note({place: at for place, at in self.levels.items() if at <= latest}, self.is_vague)
+
+    def covers(self, other: _Note) -> bool:
+        """Tell whether who has heard of this need not hear of ``other``."""
+        if not self.told:
+            return True
+        known = self.levels
+        return bool(other.told) and all(at in known and known[at] <= other.levels[at] for at in other.levels)
 
     @property
     def told(self) -> list[Level]:
-        """What is told when it is committed."""
-        if self.is_vague:
+        """What is told when it is committed: nothing in particular, if that would be too much."""
+        if self.is_vague or len(self.levels) > MOST_LEVELS:
             return []
         return [Level(queue, priority, at, limited) for (queue, priority, limited), at in self.levels.items()]
 
@@ -170,11 +169,12 @@ def announce(session: Session, connection: Connection, jobs: Iterable[Mapping[st
     note = notes.setdefault(transaction, {}).setdefault(connection, _Note())
     note.add(news)
     # A transaction that has sent one cannot be prepared for a two-phase commit.
-    first_at = min(news.levels.values(), default=now)
-    is_wanted = within is not None and first_at - now <= within and not session.twophase
-    if is_wanted and backend_of(connection).notifies and not _is_sent(notes, transaction, connection):
-        statements.notify(connection)
-        note.is_sent = True
+    if within is None or session.twophase or not backend_of(connection).notifies:
+        return
+    soon = news.until(now + within)
+    if (soon.levels or soon.is_vague) and not _is_sent(soon, notes, transaction, connection):
+        notify_statements.notify(connection, soon.told)
+        note.add(_Note(sent=soon))
 
 
 def _noted(jobs: Iterable[Mapping[str, Any]]) -> _Note:
@@ -185,10 +185,10 @@ def _noted(jobs: Iterable[Mapping[str, Any]]) -> _Note:
     return note
 
 
-def _is_sent(notes: _Notes, transaction: SessionTransaction | None, connection: Connection) -> bool:
+def _is_sent(soon: _Note, notes: _Notes, transaction: SessionTransaction | None, connection: Connection) -> bool:
     while transaction is not None:
         note = notes.get(transaction, {}).get(connection)
-        if note is not None and note.is_sent:
+        if note is not None and note.sent is not None and note.sent.covers(soon):
             return True
         transaction = transaction.parent
     return False
@@ -268,139 +268,3 @@ def _database(engine: Engine) -> str:
         return f"{id(engine.pool)}"
     place = url.database if url.host or not url.database else Path(url.database).absolute()
     return f"{url.get_backend_name()}:{url.host}:{url.port}:{place}"
-
-
-# --- commits of others --------------------------------------------------------------------------------------------
-
-
-class Watch:
-    """A thread that calls ``wake`` when others have committed, where the database has a count of that.
-
-    ``own`` counts the commits of those for whom it watches, as far as they do: they need not be woken for these.
-    """
-
-    def __init__(self, engine: Engine, wake: Callable[[], Any], *, own: Callable[[], int] = lambda: 0) -> None:
-        self._engine = engine
-        self._wake = wake
-        self._own = own
-        self._over = threading.Event()
-        self._sockets: tuple[socket.socket, ...] = ()
-        self._thread = threading.Thread(target=self._run, name=f"future_jobs {type(self).__name__}", daemon=True)
-
-    def start(self) -> None:
-        """Begin to watch."""
-        self._sockets = self._bell, self._ear = socket.socketpair()  # what waits for the kernel hears no Event
-        self._thread.start()
-
-    def stop(self) -> None:
-        """Return once nothing is watched any more."""
-        self._over.set()
-        if self._thread.is_alive():
-            self._bell.close()
-            self._thread.join(timeout=5)  # it may be waiting for a database that is away
-        self.leave()
-
-    def leave(self) -> None:
-        """Give back its sockets, and no more: a forked process is not the one to stop the watch of its parent."""
-        for each in self._sockets:
-            each.close()
-
-    def _run(self) -> None:
-        pause = FIRST_PAUSE
-        while not self._over.is_set():
-            began = monotonic()
-            try:
-                with self._engine.connect() as connection:
-                    follow = self._follower(connection)
-                    if follow is None:
-                        return
-                    self._keep(connection, follow)
-            except Exception as error:  # the driver's own, too; another connection will do
-                if not self._over.is_set():
-                    events.logger.debug("%s lost its connection: %s", self._thread.name, error)
-            if monotonic() - began > LONGEST_PAUSE:
-                pause = FIRST_PAUSE
-            self._over.wait(random.uniform(pause / 2, pause))  # noqa: S311 (not a secret)
-            pause = min(2 * pause, LONGEST_PAUSE)
-
-    def _keep(self, connection: Connection, follow: Callable[[], None]) -> None:
-        try:
-            connection.detach()  # it is kept for good, and not one of those that the pool has to give
-            follow()
-        except Exception:
-            connection.invalidate()
-            raise
-
-    def _follower(self, connection: Connection) -> Callable[[], None] | None:
-        """Return what follows the commits of others until it is over; None if there is no way to."""
-        count = change_counter(connection)
-        return count and partial(self._follow, count, written_files(connection))
-
-    def _follow(self, count: Callable[[], int], files: Sequence[str]) -> None:
-        with watching(files, bell=self._ear.fileno()) as written:
-            pace = _Pace(written)
-            seen = seen_before = count()
-            own, rest, woke_at, wake_at = self._own(), BUSY_SECONDS, monotonic(), math.inf
-            self._wake()  # for what came while nobody looked
-            while not self._over.is_set():
-                pace.wait(is_quiet=seen == seen_before and wake_at == math.inf)
-                own_before, own = own, self._own()
-                seen_before, seen = seen, count()
-                now = monotonic()
-                if seen != seen_before:
-                    wake_at = min(wake_at, woke_at + rest if own == own_before else now + OWN_SECONDS)
-                    pace.hurry()
-                elif wake_at == math.inf:
-                    pace.slow_down()
-                if now >= wake_at:
-                    rest = min(2 * rest, CROWDED_SECONDS) if now - woke_at < 2 * rest else BUSY_SECONDS
-                    woke_at, wake_at = now, math.inf
-                    self._wake()
-
-
-class _Pace:
-    """How long to wait between two looks at a count of commits; less, where it is told that something was written."""
-
-    def __init__(self, written: FileWatch | None) -> None:
-        self._written = written
-        self._pause = BUSY_SECONDS
-        self._calm_at = 0.0
-
-    def wait(self, *, is_quiet: bool) -> None:
-        if self._written is None or not is_quiet:
-            sleep(self._pause)  # half the cost of waiting for an Event
-            return
-        is_calm = self._pause >= IDLE_SECONDS and monotonic() >= self._calm_at
-        if self._written.wait(CALM_SECONDS if is_calm else self._pause):
-            self._pause, self._calm_at = SOON_SECONDS, monotonic() + ALERT_SECONDS
-
-    def hurry(self) -> None:
-        self._pause = BUSY_SECONDS
-
-    def slow_down(self) -> None:
-        self._pause = min(self._pause * 1.3, IDLE_SECONDS)
-
-
-class Listener(Watch):
-    """A thread that calls ``wake`` when it is notified, where the database can do that."""
-
-    def _follower(self, connection: Connection) -> Callable[[], None]:
-        connection = connection.execution_options(isolation_level="AUTOCOMMIT")
-        return partial(self._listen, connection, connection.connection.driver_connection)
-
-    def _listen(self, connection: Connection, driver: Any) -> None:
-        statements.listen(connection)
-        self._wake()
-        with selectors.DefaultSelector() as selector:
-            selector.register(self._ear, selectors.EVENT_READ)
-            selector.register(driver.fileno(), selectors.EVENT_READ)
-            while not self._over.is_set():
-                if not selector.select(PROBE_SECONDS):
-                    statements.clock(connection)
-                if received(driver):
-                    self._wake()
-
-
-def watch(engine: Engine, wake: Callable[[], Any], *, own: Callable[[], int], notify: bool) -> Watch:
-    """Return what notices the commits of others: notifications if ``notify``, else the count of commits."""
-    return Listener(engine, wake) if notify else Watch(engine, wake, own=own)

@@ -29,7 +29,18 @@ from sqlalchemy.engine import Connection, Engine
 from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.orm import scoped_session, sessionmaker
 
-from . import claim_statements, events, execution, lifecycle, schema, statements, tick_statements, ticks, wakeups
+from . import (
+    claim_statements,
+    events,
+    execution,
+    lifecycle,
+    schema,
+    statements,
+    tick_statements,
+    ticks,
+    wakeups,
+    watches,
+)
 from .callables import Allow
 from .claims import Claims, Taken, Wish
 from .crew import Crew, PatientPerformer, opener
@@ -372,7 +383,7 @@ class Worker:
         self._alarm.ring()
 
     def _wake_for(self, levels: Sequence[Level]) -> None:
-        """Hear what a commit of this process has scheduled: nothing needs to be looked for before it is claimed."""
+        """Hear what a commit has scheduled, of which nothing needs to be looked for; all, if it is told of nothing."""
         crew = self._crew
         if crew is None or os.getpid() != self._pid:
             return
@@ -448,7 +459,7 @@ class Worker:
             context=context,
             performer=performer,
             leases=leases,
-            watch=wakeups.watch(units.engine, self._wake, own=lambda: units.commits, notify=self.notify),
+            watch=watches.watch(units.engine, self._wake_for, own=lambda: units.commits, notify=self.notify),
             claims=claims,
             runner=self._runner(performer, outbox, kept),
             outbox=outbox,

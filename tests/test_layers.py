@@ -31,6 +31,7 @@ ORDER = (
     "dialects",
     "models",
     "statements",
+    "notify_statements",
     "claim_statements",
     "bulk",
     "unique_statements",
@@ -43,6 +44,7 @@ ORDER = (
     "patience",
     "filewatch",
     "wakeups",
+    "watches",
     "ticks",
     "interruption",
     "execution",
@@ -103,6 +105,7 @@ SPELLS_DIALECTS = {
 SPELLS_SQL = {
     "dialects": "what begins a transaction differs by database",
     "statements": "its purpose",
+    "notify_statements": "its purpose",
     "schema": "the upgrade lock and its transaction",
     "demo": "shows VACUUM INTO",
 }

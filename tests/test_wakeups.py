@@ -2,35 +2,26 @@
 
 from __future__ import annotations
 
-import os
-import resource
-import socket
-import sys
 import threading
-from contextlib import ExitStack, contextmanager, suppress
 from datetime import timedelta
 from time import monotonic
-from types import SimpleNamespace
 
 import pytest
-from sqlalchemy import create_engine, event, select, text
+from sqlalchemy import create_engine, event, func, select, text
 from sqlalchemy.orm import Session, scoped_session, sessionmaker
 
 from future_jobs import (
     InvalidArgument,
     InvalidTime,
-    NotSupported,
     ScheduledJob,
     Scheduler,
     Worker,
-    filewatch,
+    notify_statements,
     notify_workers,
     wakeups,
 )
-from future_jobs.filewatch import watching
 from future_jobs.statements import Level
-from future_jobs.wakeups import Alarm, Listener, Watch
-from tests import processes
+from future_jobs.wakeups import Alarm
 
 
 @pytest.fixture
@@ -274,124 +265,6 @@ def test_an_alarm_rings_in_another_thread():
     sleeper.join()
 
 
-@pytest.fixture(params=["told", "looking"])
-def way(request, monkeypatch):
-    """How a watch learns that a file was written: Linux tells it, or it looks, as it has to elsewhere."""
-    if request.param == "looking":
-        monkeypatch.setattr(filewatch, "_libc", lambda: None)
-    elif sys.platform != "linux":
-        pytest.skip("only Linux tells")
-    else:
-        monkeypatch.setattr(wakeups, "BUSY_SECONDS", wakeups.IDLE_SECONDS)  # it is calm from the start
-        monkeypatch.setattr(wakeups, "CALM_SECONDS", 600.0)
-    return request.param
-
-
-@pytest.mark.parametrize("kind", ["file"], indirect=True)
-@pytest.mark.parametrize("journal", ["wal", "delete"])
-def test_a_commit_by_anybody_is_seen_where_the_database_counts_them(engine, scheduler, session, way, journal):
-    assert session.scalar(text(f"PRAGMA journal_mode = {journal}")) == journal
-    session.commit()
-    wakes = threading.Semaphore(0)
-    watch = Watch(engine, wakes.release)
-    watch.start()
-    assert wakes.acquire(timeout=20)  # it watches
-    for _ in range(3):
-        scheduler.schedule("1h", "tests.jobs.record")
-        session.commit()
-        assert wakes.acquire(timeout=20)
-    watch.stop()
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells")
-def test_a_file_that_is_written_is_told_whether_or_not_it_was_there(tmp_path):
-    there, absent = tmp_path / "there", tmp_path / "absent"
-    there.touch()
-    bell, ear = socket.socketpair()
-    with watching([str(there), str(absent)], bell=ear.fileno()) as files:
-        assert not files.wait(0)
-        there.write_text("1")
-        assert files.wait(20)
-        assert not files.wait(0)
-        absent.touch()
-        assert not files.wait(0)  # made, and found now
-        absent.write_text("1")
-        assert files.wait(20)
-        there.unlink()
-        there.touch()
-        files.wait(0)  # that it is gone
-        there.write_text("2")  # another file of that name
-        assert files.wait(20)
-        bell.close()
-        assert not files.wait(20)
-    ear.close()
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells")
-def test_where_no_more_files_can_be_watched_one_looks(tmp_path):
-    with ExitStack() as stack:
-        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-        stack.callback(resource.setrlimit, resource.RLIMIT_NOFILE, (soft, hard))
-        bell, ear = socket.socketpair()
-        stack.callback(bell.close)
-        stack.callback(ear.close)
-        resource.setrlimit(resource.RLIMIT_NOFILE, (ear.fileno() + 1, hard))
-        stack.enter_context(_no_descriptor_left())
-        assert stack.enter_context(watching([str(tmp_path / "any")], bell=ear.fileno())) is None
-
-
-@contextmanager
-def _no_descriptor_left():
-    taken = []
-    try:
-        with suppress(OSError):
-            while True:
-                taken.append(os.open(os.devnull, os.O_RDONLY))
-        yield
-    finally:
-        for each in taken:
-            os.close(each)
-
-
-@pytest.mark.parametrize("kind", ["file"], indirect=True)
-def test_a_commit_that_may_hide_behind_one_of_the_workers_own_is_seen(engine, scheduler, session):
-    wakes, own = threading.Semaphore(0), 0
-
-    def count():
-        nonlocal own
-        own += 1  # always busy
-        return own
-
-    watch = Watch(engine, wakes.release, own=count)
-    watch.start()
-    assert wakes.acquire(timeout=20)
-    scheduler.schedule("1h", "tests.jobs.record")
-    session.commit()
-    assert wakes.acquire(timeout=20)
-    watch.stop()
-
-
-@pytest.mark.parametrize("kind", ["file"], indirect=True)
-def test_a_watch_takes_no_connection_from_the_pool(engine):
-    small = create_engine(engine.url, pool_size=1, max_overflow=0, pool_timeout=5)
-    wakes = threading.Semaphore(0)
-    watch = Watch(small, wakes.release)
-    watch.start()
-    assert wakes.acquire(timeout=20)
-    small.connect().close()
-    watch.stop()
-    small.dispose()
-
-
-@pytest.mark.parametrize("kind", ["postgresql", "mariadb"], indirect=True)
-def test_where_there_is_no_count_the_watch_ends(engine):
-    watch = Watch(engine, lambda: None)
-    watch.start()
-    watch._thread.join(20)
-    assert not watch._thread.is_alive()
-    watch.stop()
-
-
 # --- notifications ------------------------------------------------------------------------------------------------
 
 
@@ -410,11 +283,11 @@ def said(engine):
 
 @pytest.fixture
 def inbox(engine):
-    """What a connection that listens has received when it is asked."""
+    """What a connection that listens has received when it is asked: where jobs are, of each notification."""
     with create_engine(engine.url, isolation_level="AUTOCOMMIT").connect() as connection:
         connection.execute(text("LISTEN future_jobs"))
         driver = connection.connection.driver_connection
-        yield lambda: [(each.channel, each.payload) for each in driver.notifies(timeout=0.1)]
+        yield lambda: [notify_statements.levels_in(each.payload) for each in driver.notifies(timeout=0.1)]
         connection.detach()
 
 
@@ -429,10 +302,48 @@ def test_a_transaction_notifies_once(scheduler, session, said, inbox):
         scheduler.enqueue("tests.jobs.record")
     assert inbox() == []
     session.commit()
-    assert inbox() == [("future_jobs", "")]
+    first_at = session.scalar(select(func.min(ScheduledJob.run_at)))
+    assert inbox() == [[Level("default", 0, first_at)]]
     scheduler.enqueue("tests.jobs.record")
     session.commit()
     assert len(said) == 2
+
+
+@postgresql
+def test_another_time_of_what_is_notified_of_only_if_it_is_elsewhere_or_earlier(scheduler, session, said, inbox):
+    second = scheduler.schedule("0.9s", "tests.jobs.record")
+    scheduler.schedule("0.9s", "tests.jobs.record")
+    first = scheduler.enqueue("tests.jobs.record")
+    scheduler.schedule("0.5s", "tests.jobs.record")
+    urgent = scheduler.schedule("0.5s", "tests.jobs.record", priority=1)
+    session.commit()
+    assert inbox() == [
+        [Level("default", 0, second.run_at)],
+        [Level("default", 0, first.run_at)],
+        [Level("default", 1, urgent.run_at)],
+    ]
+    assert len(said) == 3
+
+
+@postgresql
+def test_who_is_told_to_look_for_everything_is_told_nothing_more(scheduler, session, said, inbox):
+    scheduler.schedule_many("0s", "tests.jobs.record", [{"queue": f"q{n}"} for n in range(100)])
+    scheduler.enqueue("tests.jobs.record")
+    session.commit()
+    assert inbox() == [[]]
+    assert len(said) == 1
+
+
+@postgresql
+def test_of_what_is_scheduled_together_only_what_is_for_now_is_notified_of(session, engine, inbox, now):
+    notify_workers(engine)
+    rows = [
+        {"queue": queue, "priority": 0, "limited": False, "run_at": now + later}
+        for queue, later in [("later", timedelta(hours=1)), ("soon", timedelta(0))]
+    ]
+    wakeups.announce(session, session.connection(), rows, now=now)
+    session.commit()
+    assert inbox() == [[Level("soon", 0, now)]]
 
 
 @postgresql
@@ -452,9 +363,9 @@ def test_what_follows_a_savepoint_that_is_rolled_back_notifies(scheduler, sessio
     with session.begin_nested() as savepoint:
         scheduler.enqueue("tests.jobs.record")
         savepoint.rollback()
-    scheduler.enqueue("tests.jobs.record")
+    job = scheduler.enqueue("tests.jobs.record")
     session.commit()
-    assert inbox() == [("future_jobs", "")]
+    assert inbox() == [[Level("default", 0, job.run_at)]]
 
 
 @postgresql
@@ -494,38 +405,6 @@ def test_a_transaction_of_two_phases_cannot_notify(engine, said):
         Scheduler(session).enqueue("tests.jobs.record")
         session.rollback()
     assert said == []
-
-
-@postgresql
-def test_a_listener_that_loses_its_connection_takes_another(engine, scheduler, session):
-    notify_workers(engine)
-    wakes = threading.Semaphore(0)
-    listener = Listener(engine, wakes.release)
-    listener.start()
-    assert wakes.acquire(timeout=20)
-    session.execute(text("SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE query = 'LISTEN future_jobs'"))
-    session.commit()
-    assert wakes.acquire(timeout=20)  # it listens again
-    scheduler.enqueue("tests.jobs.record")
-    session.commit()
-    assert wakes.acquire(timeout=20)
-    listener.stop()
-
-
-@postgresql
-def test_a_worker_that_listens_need_not_look(engine, calls):
-    process = processes.start(engine.url.render_as_string(hide_password=False), "enqueue", "tests.jobs.record")
-    with Worker(engine, poll="1h", max_jobs=1, notify=True).background() as worker:
-        processes.together([process])
-        worker._closed.wait(20)
-    assert len(calls) == 1
-
-
-def test_a_driver_that_cannot_listen_is_refused():
-    dbapi = SimpleNamespace(paramstyle="format", __version__="1.31.0")
-    engine = create_engine("postgresql+pg8000://127.0.0.1/shop", module=dbapi)
-    with pytest.raises(NotSupported, match=r"postgresql\+psycopg://"):
-        Worker(engine, notify=True)
 
 
 @pytest.mark.parametrize(("given", "within", "error"), [(None, "1s", InvalidArgument), ("engine", "1mo", InvalidTime)])

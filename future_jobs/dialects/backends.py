@@ -318,6 +318,6 @@ def can_listen(engine: Engine) -> bool:
     return True
 
 
-def received(driver: Any) -> bool:
-    """Tell, without waiting, whether a notification has come on a connection of the driver."""
-    return bool(list(driver.notifies(timeout=0)))
+def received(driver: Any) -> list[str]:
+    """Return, without waiting, the payloads of the notifications that have come on a connection of the driver."""
+    return [each.payload for each in driver.notifies(timeout=0)]
