@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import inspect
 import json
-import sys
 import traceback
 from collections.abc import Awaitable, Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -63,7 +62,6 @@ class Context:
     asked_to_stop: set[int] = field(default_factory=set)  # jobs cancelled by handlers of this pass
     requeued: set[int] = field(default_factory=set)  # jobs that wait again, for the next pass
     is_alone: bool = False  # there is one connection, and no other to take its place
-    drops_cursors: bool = False  # a query that was read in part would keep others from committing
     at_work: set[Running] = field(default_factory=set)  # what runs now, in any thread
     deadlines: Deadlines = field(default_factory=Deadlines)
 
@@ -247,7 +245,6 @@ def run(this: Running) -> Outcome:
     context = this.context
     token = running.set(this)
     context.at_work.add(this)
-    outer = sys.exception()
     try:
         call = partial(_wrapped, this) if events.wrappers() else this.call
         result = call() if context.around is None else context.around(this.work, call)
@@ -255,29 +252,14 @@ def run(this: Running) -> Outcome:
             this.opened.flush()
         return _COMPLETED if result is None else _returned(this, result)
     except BaseException as error:
-        try:
-            if context.is_interrupted and isinstance(error, KeyboardInterrupt):
-                raise
-            if this.is_asked_to_stop and isinstance(error, asyncio.CancelledError):
-                return Cancelled("asked to stop")
-            return failed(this.row, error, context)
-        finally:
-            if context.drops_cursors:
-                _drop_locals(error, outer)
+        if context.is_interrupted and isinstance(error, KeyboardInterrupt):
+            raise
+        if this.is_asked_to_stop and isinstance(error, asyncio.CancelledError):
+            return Cancelled("asked to stop")
+        return failed(this.row, error, context)
     finally:
         context.at_work.discard(this)
         running.reset(token)
-
-
-def _drop_locals(error: BaseException, outer: BaseException | None) -> None:
-    """Let go of what the functions hold from which ``error`` came, up to what was being handled already."""
-    seen, pending = {id(outer)}, [error]
-    for each in pending:
-        if id(each) not in seen:
-            seen.add(id(each))
-            traceback.clear_frames(each.__traceback__)
-            pending += filter(None, (each.__cause__, each.__context__))
-            pending += each.exceptions if isinstance(each, BaseExceptionGroup) else ()
 
 
 def _wrapped(this: Running) -> Any:

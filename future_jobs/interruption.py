@@ -20,7 +20,6 @@ from asyncio import AbstractEventLoop, CancelledError, Task
 from collections.abc import Callable
 from contextlib import suppress
 from time import monotonic
-from traceback import clear_frames
 from typing import Any, TypeVar
 
 from .dialects import DRIVERS
@@ -83,7 +82,6 @@ class Interruption:
             raised = getattr(error, "orig", None) or error  # SQLAlchemy wraps what comes in the middle of a statement
             if not (self.is_late and isinstance(raised, Interrupted | InterruptedAlone | CancelledError)):
                 raise
-            _let_go(error)
             raise JobTimeout(seconds).with_traceback(error.__traceback__) from None
         finally:
             deadlines.remove(self)
@@ -151,13 +149,6 @@ def _is_delicate(thread: int) -> bool:
             return True
         frame = frame.f_back
     return False
-
-
-def _let_go(error: BaseException | None) -> None:
-    """Forget what the frames held that were broken off: a cursor among it would keep the lock of an SQLite file."""
-    while error is not None:
-        clear_frames(error.__traceback__)
-        error = error.__context__
 
 
 def _raise_in(thread: int, kind: type[BaseException] | None) -> None:

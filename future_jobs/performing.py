@@ -68,7 +68,6 @@ class Performer:
         self.worker = worker
         self.delete_completed = delete_completed
         context.is_alone = units.is_alone
-        context.drops_cursors = units.backend.cursors_lock and not units.is_alone
 
     def perform(self, row: Claimed) -> Ended:
         """Run a claimed job; again, uncharged, a few times if only a lock was in its way."""

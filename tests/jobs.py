@@ -42,18 +42,30 @@ def write_then_fail(text, session: Session):
     raise ValueError("fail")
 
 
+KEPT = []
+
+
 def read_in_part(session: Session):
     found = session.connection().execute(sql("SELECT 1 UNION ALL SELECT id FROM future_jobs_scheduled_job"))
     found.fetchone()
+    KEPT.append(found)
+
+
+def fail_having_read_in_part(session: Session):
+    read_in_part(session)
     raise ValueError("in part")
 
 
-def read_in_part_in_a_group(session: Session):
-    try:
-        read_in_part(session)
-    except ValueError as error:
-        group = ExceptionGroup("all of it was read in part", [error])
-    raise group
+def lose_its_connection_having_read_in_part(session: Session):
+    read_in_part(session)
+    session.connection().invalidate()
+    raise ValueError("in part")
+
+
+def give_back_its_connection_having_read_in_part(session: Session):
+    read_in_part(session)
+    session.connection().close()
+    raise ValueError("in part")
 
 
 def annotated(number, job: ScheduledJob, session: Session):

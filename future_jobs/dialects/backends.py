@@ -95,7 +95,6 @@ class Backend:
     # A JSON array of arrays, bound as one text, as rows to select from: what orders them, and a column for each kind.
     unfold: Callable[[ColumnElement[str], Kinds], Unfolded]
     own_clock: bool  # it has a clock of its own, which judges what is due
-    cursors_lock: bool  # a query that was read in part may keep others from committing, until its cursor is gone
     notifies: bool  # NOTIFY, which waits for the commit
     planner: tuple[str, ...]  # what its planner must be kept from, to read no more than a claim needs
     isolation_level: str | None  # for the library's own transactions
@@ -127,7 +126,6 @@ SQLITE = Backend(
     recursive_scan=True,
     unfold=_from_json_each,
     own_clock=False,
-    cursors_lock=True,
     notifies=False,
     planner=(),
     isolation_level=None,
@@ -141,7 +139,6 @@ POSTGRESQL = Backend(
     recursive_scan=True,
     unfold=_from_json_array,
     own_clock=True,
-    cursors_lock=False,
     notifies=True,
     # With old statistics it believes in few rows that are due, and reads and sorts all of them for a hundred; and it
     # compiles the look for levels, which takes ten times as long as the look.
@@ -157,7 +154,6 @@ MYSQL = Backend(
     recursive_scan=False,
     unfold=_from_json_table,
     own_clock=True,
-    cursors_lock=False,
     notifies=False,
     planner=(),
     isolation_level="READ COMMITTED",

@@ -6,13 +6,14 @@ On any other database each of these does nothing, or says that there is nothing 
 from __future__ import annotations
 
 import sqlite3
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from functools import partial
 from random import uniform
 from time import monotonic, sleep
 from typing import Any
+from weakref import WeakSet
 
 from sqlalchemy import event
 from sqlalchemy.engine import Connection, Engine, Transaction
@@ -152,8 +153,8 @@ def prepare_for_job(connection: Connection) -> Callable[[], None] | None:
     """Let a handler read without holding SQLite's write lock, and write without failing because others wrote.
 
     The driver's default does both: reads run outside a transaction and the first write begins one. An engine that was
-    configured otherwise is put into that mode for the time of one job; what is returned undoes that. See
-    `begin_lazily`.
+    configured otherwise is put into that mode for the time of one job; what is returned undoes that, and ends the
+    queries which the handler has read in part. See `begin_lazily`.
     """
     if connection.dialect.name != "sqlite" or connection.in_transaction():  # the latter: somebody else's, around it all
         return None
@@ -162,16 +163,53 @@ def prepare_for_job(connection: Connection) -> Callable[[], None] | None:
     if hasattr(raw, "autocommit"):  # Python 3.12
         lazy["autocommit"] = sqlite3.LEGACY_TRANSACTION_CONTROL  # type: ignore[attr-defined]
     before = {name: getattr(raw, name) for name in lazy}
+    close_cursors = _note_cursors(connection)
     if before == lazy:
-        return None
+        return close_cursors
 
     def put(settings: dict[str, Any]) -> None:
         raw.rollback()
         for name, value in settings.items():
             setattr(raw, name, value)
 
+    def undo() -> None:
+        close_cursors()
+        put(before)
+
     put(lazy)
-    return partial(put, before)
+    return undo
+
+
+# Without write-ahead logging a query that was read in part keeps all others from committing until its cursor is closed,
+# or gone; a rollback does not end it. It may be gone late: whoever keeps an exception of the handler has its cursors.
+
+_CURSORS = "future_jobs.cursors"  # in the info of a connection: those of the job that has it
+
+
+def _note_cursors(connection: Connection) -> Callable[[], None]:
+    """Take note of the cursors that ``connection`` makes from now on; return what closes them."""
+    # Before: for a statement that an exception from outside breaks off there is no after, and its cursor may stay open.
+    if not event.contains(connection, "before_cursor_execute", _note_cursor):
+        event.listen(connection, "before_cursor_execute", _note_cursor)
+    if not event.contains(connection.engine.pool, "close", _close_cursors):
+        event.listen(connection.engine.pool, "close", _close_cursors)
+    cursors = connection.info[_CURSORS] = WeakSet[sqlite3.Cursor]()
+    return partial(_close_all, cursors)
+
+
+def _note_cursor(connection: Connection, cursor: Any, *_: object) -> None:
+    if (cursors := connection.info.get(_CURSORS)) is not None:
+        cursors.add(cursor)
+
+
+def _close_cursors(_driver: object, record: Any) -> None:
+    _close_all(record.info.get(_CURSORS, ()))  # while they can be: those of a closed connection cannot
+
+
+def _close_all(cursors: Iterable[sqlite3.Cursor]) -> None:
+    for cursor in list(cursors):
+        with suppress(sqlite3.Error):
+            cursor.close()
 
 
 def begin_lazily(connection: Connection) -> Transaction:
