@@ -41,6 +41,9 @@ _TYPE_LENGTH = 255
 _MESSAGE_LENGTH = 2000
 
 
+MEASURE_SECONDS = 60.0  # after which what ticks is set anew by the database's clock
+
+
 def ticking(start: datetime) -> Callable[[], datetime]:
     """Return a clock that shows ``start`` now and goes on from there, whatever happens to the system's."""
     began = monotonic()

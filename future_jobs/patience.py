@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 import threading
 from collections.abc import Callable
@@ -17,11 +18,31 @@ from .dialects import is_away
 from .errors import DatabaseBusy
 from .units import Units
 
-__all__ = ["PatientUnits"]
+__all__ = ["Deadline", "PatientUnits"]
 
 T = TypeVar("T")
 
 FIRST_PAUSE, LONGEST_PAUSE = 0.1, 5.0  # seconds
+
+
+class Deadline:
+    """When a worker that was told to stop waits for nothing any more; never, until it is."""
+
+    def __init__(self) -> None:
+        self.at = math.inf
+
+    @property
+    def is_set(self) -> bool:
+        """Whether it was told to stop."""
+        return self.at < math.inf
+
+    def within(self, seconds: float) -> None:
+        """Let it be no later than in so many ``seconds``."""
+        self.at = min(self.at, monotonic() + seconds)
+
+    def left(self) -> float:
+        """Return how many seconds are left; none or less, if it is over."""
+        return self.at - monotonic()
 
 
 class PatientUnits(Units):

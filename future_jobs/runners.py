@@ -1,4 +1,4 @@
-"""How the jobs that wait in a lane come to be run, and where it is told how they ended."""
+"""How the jobs that wait in a lane come to be run, by whom, and where it is told how they ended."""
 
 from __future__ import annotations
 
@@ -6,23 +6,82 @@ import math
 from collections import deque
 from collections.abc import Callable, Iterable
 from concurrent.futures import Executor, Future
+from datetime import timedelta
 from functools import partial
-from typing import Protocol, TypeVar
+from time import monotonic
+from typing import Any, Protocol, TypeVar
 
-from . import events
-from .lifecycle import Completed
-from .performing import Ended
+from sqlalchemy.engine import Connection, Engine
+
+from . import events, lifecycle, statements
+from .dialects import is_single_connection
+from .errors import CallableNotFound
+from .lifecycle import Completed, Released, Snoozed
+from .performing import Ended, Performer
+from .sessions import JobSession, Kept
 from .slots import Lane
 from .statements import Claimed, Token
+from .status import Status
 
-__all__ = ["Here", "InThreads", "Outbox", "Perform", "Runner", "emptied"]
+__all__ = ["Here", "InThreads", "Outbox", "PatientPerformer", "Perform", "Runner", "emptied", "opener"]
 
 T = TypeVar("T")
 
 ACK_SECONDS = 0.01  # a completion waits at most this long, or for the next claim
+UNKNOWN_DELAY = timedelta(minutes=1)  # until a job is tried again whose callable this process does not know
+AWAY_SECONDS = 1.0  # a database that takes longer to answer was away
 TOLD_SECONDS = 0.05  # one that shared the transaction of its handler has only to be told
 
 Perform = Callable[[Claimed], Ended]
+
+
+class PatientPerformer(Performer):
+    """A Performer that tries a job again once the database answers, and hands back what this process cannot run."""
+
+    def perform(self, row: Claimed) -> Ended:
+        """Run a claimed job, unless nothing here is called what it calls.
+
+        Another process may know it, while a new version is rolled out; or this one after its restart.
+        """
+        try:
+            if row.content_type is None:
+                self.context.function(row.callable_name)
+        except CallableNotFound:
+            now = self.context.time()
+            later = Snoozed(now + UNKNOWN_DELAY)
+
+            def settle(connection: Connection) -> Status | None:
+                return lifecycle.settle(connection, row.token, later, now=now, worker=self.worker)
+
+            status = self.units.write(settle)
+            return Ended(row, Released("this process knows no such callable"), 0.0, status, was_run=False)
+        except Exception:  # noqa: S110 (what else is wrong with it is told by running it)
+            pass
+        return super().perform(row)
+
+    def _attempt(self, row: Claimed, began: float) -> Ended:
+        ended = super()._attempt(row, began)
+        while isinstance(ended.outcome, Released):
+            asked = monotonic()
+            self.units.read(statements.newest)
+            if monotonic() - asked < AWAY_SECONDS:
+                break  # it was a lock, which has its own number of tries
+            ended = super()._attempt(row, monotonic())
+        return ended
+
+
+def opener(
+    make: Callable[[], Any], engine: Engine, info: dict[str, Any], kept: Kept
+) -> Callable[[Claimed], JobSession]:
+    """Return what opens the Session of a job on ``engine``, with ``info`` for who asks for it."""
+    lender = None if is_single_connection(engine) else kept
+
+    def open_session(row: Claimed) -> JobSession:
+        joined = row.options is None or '"transaction":"own"' not in row.options
+        hold = partial(statements.hold, token=row.token)
+        return JobSession(make, engine, hold=hold, joined=joined, info=info, lender=lender)
+
+    return open_session
 
 
 class Outbox:

@@ -31,13 +31,13 @@ from sqlalchemy.orm import scoped_session
 
 from . import events, statements
 from .callables import Allow
-from .crew import MEASURE_SECONDS, PatientPerformer, opener
-from .execution import Context, ticking
+from .execution import MEASURE_SECONDS, Context, ticking
 from .lifecycle import Failed
 from .models import SCHEDULER
 from .passes import worker_name
 from .patience import PatientUnits
 from .performing import ATTEND_SECONDS, Ended, recalled
+from .runners import PatientPerformer, opener
 from .scheduler import Scheduler
 from .sessions import InRegistry, Kept
 from .sources import opened, own_engine

@@ -362,7 +362,7 @@ def test_what_ended_before_its_process_died_is_told_as_it_ended(engine, schedule
 
     with pool("fork", 1) as executor:
         worker = Worker(engine, executor=executor, queues={"default": 1}, prefetch=10)
-        worker.lanes["default"].learn(0.0001, 100)  # so that they travel together
+        worker._opened().lanes["default"].learn(0.0001, 100)  # so that they travel together
         with worker.background():
             witness.wait_for(rescued=1, completed=3, failed=1)
     assert sorted(map(int, letters(session))) == ids
@@ -426,8 +426,8 @@ def test_a_job_can_be_killed_and_its_neighbour_runs_again_uncharged(engine, sche
         worker = Worker(engine, executor=executor, queues={"default": 2})
         with worker.background():
             began(tmp_path, 2)
-            assert not worker._crew.runner.kill(Token(first.id, 7))
-            assert worker._crew.runner.kill(Token(first.id, 1))
+            assert not worker._loop.runner.kill(Token(first.id, 7))
+            assert worker._loop.runner.kill(Token(first.id, 1))
             assert [each[0] for each in began(tmp_path, 3)] == ["a", "b", "b"]
             (tmp_path / "go").touch()
             witness.wait_for(completed=1)

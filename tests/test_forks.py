@@ -107,7 +107,8 @@ def test_a_fork_of_a_process_that_works_leaves_the_jobs_of_its_parent_alone(engi
         def work():
             worker.stop()  # as leaving `background` would; there is nothing of its own to hand back
             while worker.ran < 5:
-                worker._alarm.sleep(worker.tick())
+                seconds = worker.tick()
+                worker._loop.alarm.sleep(seconds)
             worker.stop()
 
         in_child(work)

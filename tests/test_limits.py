@@ -142,7 +142,8 @@ def test_many_jobs_at_once_may_have_limits_of_their_own(scheduler, session, now)
     assert scheduler.run_due(now).complete == 4
 
 
-def test_what_waits_for_its_key_costs_the_others_nothing(engine, scheduler, session, now):
+def test_what_waits_for_its_key_costs_the_others_nothing(engine, scheduler, session, now, monkeypatch):
+    monkeypatch.setattr("future_jobs.limits.LOOK_SECONDS", 60.0)  # it looks until it has seen all of them
     running = scheduler.schedule(now, RECORD, concurrency_key="k")
     scheduler.schedule_many(now, RECORD, [{} for _ in range(3000)], concurrency_key="k")
     plain = scheduler.schedule(now + timedelta(seconds=1), RECORD)
@@ -214,7 +215,8 @@ def test_a_worker_sleeps_until_the_rate_allows_the_next(engine, scheduler, sessi
     began = monotonic()
     worker, ticks = Worker(engine, poll="60s"), 0
     while worker.ran < 6:
-        worker._alarm.sleep(worker.tick())
+        seconds = worker.tick()
+        worker._loop.alarm.sleep(seconds)
         ticks += 1
     worker.stop()
     assert len(calls) == 6
@@ -231,7 +233,7 @@ def test_a_limited_job_is_never_claimed_ahead_of_a_slot(engine, kind, scheduler,
     most = 0
     while not worker.is_stopping:
         worker.tick()
-        most = max(most, len(worker._held))
+        most = max(most, len(worker._loop.held))
     worker.stop()
     assert 1 <= most <= 4  # two that run, and two that have just ended
     assert statuses(session) == [Status.COMPLETE] * 20

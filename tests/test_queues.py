@@ -77,8 +77,9 @@ def test_a_worker_takes_nothing_from_a_queue_that_was_paused_since_it_looked(eng
     assert job.status is Status.SCHEDULED
     scheduler.resume_queue("mail")
     session.commit()
-    worker.max_jobs = 2
-    worker.run()
+    while worker.ran < 2:
+        worker.tick()
+    worker.stop()
     session.expire_all()
     assert job.status is Status.COMPLETE
 
@@ -217,10 +218,10 @@ def test_a_worker_has_a_row_while_it_lives_and_removes_those_of_the_dead(engine,
     register(session, now - timedelta(hours=1), queues={"*": 1})
     session.commit()
     with Worker(engine, queues={"mail": 3}).background() as worker:
-        worker._crew.leases.appear()
+        worker._loop.leases.appear()
         session.rollback()
         rows = limit_statements.workers(session.connection())
-        assert [row.name for row in rows] == [worker._crew.name]
+        assert [row.name for row in rows] == [worker._loop.name]
         assert rows[0].queues == {"mail": 3}
         session.rollback()
     assert limit_statements.workers(session.connection()) == []

@@ -27,7 +27,7 @@ from future_jobs import (
     Worker,
     events,
 )
-from future_jobs.worker import AHEAD_SECONDS
+from future_jobs.loops import AHEAD_SECONDS
 from tests import workjobs
 from tests.shop import letters
 from tests.workjobs import Stage
@@ -345,21 +345,21 @@ def test_idle_it_only_reads(engine, scheduler, session):
     scheduler.schedule("1h", "tests.jobs.record")
     session.commit()
     said: list[str] = []
-    loop = threading.get_ident()  # the thread of the leases also says that the worker is alive
+    thread = threading.get_ident()  # the thread of the leases also says that the worker is alive
 
     def hear(*args):
-        if threading.get_ident() == loop:
+        if threading.get_ident() == thread:
             said.append(args[2])
 
     worker = Worker(engine)
     worker.tick()
     event.listen(engine, "before_cursor_execute", hear)
-    crew = worker._crew
-    if crew.units.engine is not engine:
-        event.listen(crew.units.engine, "before_cursor_execute", hear)
+    loop = worker._loop
+    if loop.units.engine is not engine:
+        event.listen(loop.units.engine, "before_cursor_execute", hear)
     delays = []
     for _ in range(3):
-        worker._stale_after = 0.0
+        loop._stale_after = 0.0
         delays.append(worker.tick())
     words = {statement.split()[0] for statement in said}
     worker.stop()
@@ -529,10 +529,10 @@ def test_leases_are_renewed_while_a_job_runs(parallel, scheduler, session, stage
         session.refresh(job)
         first = job.leased_until
         session.commit()
-        worker._crew.leases.renew()
+        worker._loop.leases.renew()
         session.refresh(job)
         assert job.leased_until > first
-        assert job.leased_by == worker._crew.name
+        assert job.leased_by == worker._loop.name
         session.commit()
         stage.gate.set()
 
@@ -589,7 +589,7 @@ def test_a_job_that_was_lost_again_and_again_is_tried_a_little_later(parallel, s
 def test_a_lease_that_moves_is_left_alone(parallel, session, deserted):
     worker = Worker(parallel, lease=timedelta(0))
     worker.tick()
-    leases = worker._crew.leases
+    leases = worker._loop.leases
     leases.stop()
     leases._watched = {}
     leases.watch()
@@ -607,7 +607,7 @@ def test_jobs_that_were_claimed_by_a_commit_whose_reply_was_lost_go_back(paralle
     session.commit()
     with Worker(parallel, queues={"default": 1}).background() as worker:
         stage.wait_for(lambda: stage.now == 1)
-        worker._crew.leases.stop()  # from here on they are renewed when the test says so
+        worker._loop.leases.stop()  # from here on they are renewed when the test says so
         stray = scheduler.schedule("1h", "tests.workjobs.note")
         session.flush()
         session.execute(
@@ -616,7 +616,7 @@ def test_jobs_that_were_claimed_by_a_commit_whose_reply_was_lost_go_back(paralle
             .values(
                 status="running",
                 attempt=1,
-                leased_by=worker._crew.name,
+                leased_by=worker._loop.name,
                 leased_until=datetime.now(UTC) + timedelta(hours=1),
             )
         )
@@ -625,7 +625,7 @@ def test_jobs_that_were_claimed_by_a_commit_whose_reply_was_lost_go_back(paralle
             if parallel.dialect.name == "postgresql":  # MariaDB scans so small a table, and waits for the row
                 other.execute(select(ScheduledJob.id).where(ScheduledJob.id == held).with_for_update())
             for _ in range(2):
-                worker._crew.leases.renew()
+                worker._loop.leases.renew()
         session.refresh(stray)
         assert (stray.status, stray.losses) == ("scheduled", 0)
         session.commit()
@@ -638,25 +638,25 @@ def test_what_is_being_claimed_is_not_handed_back(parallel, scheduler, session, 
     session.commit()
     with Worker(parallel, queues={"default": 2}).background() as worker:
         stage.wait_for(lambda: stage.now == 1)
-        crew = worker._crew
-        crew.leases.stop()  # from here on they are renewed when the test says so
+        loop = worker._loop
+        loop.leases.stop()  # from here on they are renewed when the test says so
         job = scheduler.enqueue("tests.workjobs.note")
         session.flush()
         job_id, seen = job.id, threading.Event()
 
         def committed(*_):
-            if threading.current_thread() is not worker._loop or seen.is_set():
+            if threading.current_thread() is not worker._thread or seen.is_set():
                 return
             with Session(parallel) as other:
                 if other.get_one(ScheduledJob, job_id).attempt == 0:
                     return
             for _ in range(2):
-                renewal = threading.Thread(target=crew.leases.renew)
+                renewal = threading.Thread(target=loop.leases.renew)
                 renewal.start()
                 renewal.join()
             seen.set()
 
-        event.listen(crew.units.engine, "checkin", committed)
+        event.listen(loop.units.engine, "checkin", committed)
         session.commit()
         assert seen.wait(20)
         stage.gate.set()
@@ -688,21 +688,21 @@ def test_a_database_that_does_not_answer_degrades_the_worker_and_it_recovers(
 ):
     worker = Worker(parallel)
     worker.tick()
-    crew = worker._crew
-    crew.leases.stop()
-    crew.watch.stop()
-    connect, is_away, degraded = crew.units.engine.pool._creator, threading.Event(), threading.Event()
+    loop = worker._loop
+    loop.leases.stop()
+    loop.watch.stop()
+    connect, is_away, degraded = loop.units.engine.pool._creator, threading.Event(), threading.Event()
 
     def creator(*args):
         if is_away.is_set():
             raise parallel.dialect.dbapi.OperationalError("could not connect")
         return connect(*args)
 
-    crew.units.engine.dispose()
-    monkeypatch.setattr(crew.units.engine.pool, "_creator", creator)
+    loop.units.engine.dispose()
+    monkeypatch.setattr(loop.units.engine.pool, "_creator", creator)
     listener = events.listen("degraded", lambda **_: degraded.set())
     is_away.set()
-    worker._wake()
+    loop.hear([])
     ticking = threading.Thread(target=worker.tick)
     ticking.start()
     assert degraded.wait(20)
@@ -722,17 +722,17 @@ def test_a_database_that_does_not_answer_degrades_the_worker_and_it_recovers(
 def test_a_database_that_stays_away_does_not_keep_the_worker_from_stopping(parallel, heard, monkeypatch):
     worker = Worker(parallel)
     worker.tick()
-    crew = worker._crew
-    crew.leases.stop()
-    crew.watch.stop()
-    crew.units.engine.dispose()
+    loop = worker._loop
+    loop.leases.stop()
+    loop.watch.stop()
+    loop.units.engine.dispose()
 
     def creator(*_):
         raise parallel.dialect.dbapi.OperationalError("could not connect")
 
-    monkeypatch.setattr(crew.units.engine.pool, "_creator", creator)
+    monkeypatch.setattr(loop.units.engine.pool, "_creator", creator)
     listener = events.listen("degraded", lambda **_: worker._ask_to_stop(0.0))
-    worker._wake()
+    loop.hear([])
     with pytest.raises(SQLAlchemyError):
         worker.tick()
     events.unlisten("degraded", listener)
