@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable
 from concurrent.futures import Executor, Future
 from datetime import timedelta
 from functools import partial
-from time import monotonic
+from time import monotonic, sleep
 from typing import Any, Protocol, TypeVar
 
 from sqlalchemy.engine import Connection, Engine
@@ -30,6 +30,7 @@ T = TypeVar("T")
 ACK_SECONDS = 0.01  # a completion waits at most this long, or for the next claim
 UNKNOWN_DELAY = timedelta(minutes=1)  # until a job is tried again whose callable this process does not know
 AWAY_SECONDS = 1.0  # a database that takes longer to answer was away
+HAND_OVER_SECONDS = 0.0001  # for a job to begin, which would have to wait until the loop waits for the database
 TOLD_SECONDS = 0.05  # one that shared the transaction of its handler has only to be told
 
 Perform = Callable[[Claimed], Ended]
@@ -181,9 +182,12 @@ class InThreads:
 
     def start(self, lane: Lane) -> None:
         """Put free slots of ``lane`` to work."""
-        for _ in range(lane.hire()):
+        hired = lane.hire()
+        for _ in range(hired):
             slot = self._executor.submit(self._serve, lane)
             slot.add_done_callback(partial(self._note_problem, lane))
+        if hired:
+            sleep(HAND_OVER_SECONDS)
 
     def recall(self) -> list[Claimed]:
         """Nothing is taken that does not run."""

@@ -101,22 +101,50 @@ class Watch:
         with watching(files, bell=self._ear.fileno()) as written:
             pace = _Pace(written)
             seen = seen_before = count()
-            own, rest, woke_at, wake_at = self._own(), BUSY_SECONDS, monotonic(), math.inf
+            own, rest = self._own(), _Rest(monotonic())
             self._wake([])  # for what came while nobody looked
             while not self._over.is_set():
-                pace.wait(is_quiet=seen == seen_before and wake_at == math.inf)
+                pace.wait(is_quiet=seen == seen_before and not rest.is_due_later)
                 own_before, own = own, self._own()
                 seen_before, seen = seen, count()
                 now = monotonic()
                 if seen != seen_before:
-                    wake_at = min(wake_at, woke_at + rest if own == own_before else now + OWN_SECONDS)
+                    rest.note(now, is_own=own != own_before)
                     pace.hurry()
-                elif wake_at == math.inf:
+                elif not rest.is_due_later:
                     pace.slow_down()
-                if now >= wake_at:
-                    rest = min(2 * rest, CROWDED_SECONDS) if now - woke_at < 2 * rest else BUSY_SECONDS
-                    woke_at, wake_at = now, math.inf
+                if rest.is_over(now):
                     self._wake([])
+
+
+class _Rest:
+    """When to wake for what was committed: at once, and ever more seldom while one commit follows the other."""
+
+    def __init__(self, now: float) -> None:
+        self._woke_at = now
+        self._seconds = BUSY_SECONDS  # from one wake to the next
+        self._at = math.inf
+        self._changes = 0  # looks that found one, since
+
+    @property
+    def is_due_later(self) -> bool:
+        """Whether a wake is yet to come."""
+        return self._at < math.inf
+
+    def note(self, now: float, *, is_own: bool) -> None:
+        """Take note of a commit, perhaps ``is_own``, behind which another may hide."""
+        self._changes += 1
+        self._at = min(self._at, now + OWN_SECONDS if is_own else self._woke_at + self._seconds)
+
+    def is_over(self, now: float) -> bool:
+        """Tell whether to wake now; if so, it was done."""
+        if now < self._at:
+            return False
+        is_crowded = self._changes * 2 * BUSY_SECONDS >= self._seconds  # every other look found one
+        is_crowded = is_crowded and now - self._woke_at < 2 * self._seconds
+        self._seconds = min(2 * self._seconds, CROWDED_SECONDS) if is_crowded else BUSY_SECONDS
+        self._woke_at, self._at, self._changes = now, math.inf, 0
+        return True
 
 
 class _Pace:

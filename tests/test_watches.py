@@ -129,6 +129,31 @@ def test_a_watch_takes_no_connection_from_the_pool(engine):
     small.dispose()
 
 
+def waits(commits):
+    """Return for how many looks each of ``commits`` has to wait, which are numbers of the look that finds them."""
+    rest, waits, waiting = watches._Rest(-1.0), [], []
+    for look in range(max(commits) + 100):
+        now = look * watches.BUSY_SECONDS
+        if look in commits:
+            rest.note(now, is_own=False)
+            waiting.append(look)
+        if rest.is_over(now):
+            waits += [look - each for each in waiting]
+            waiting = []
+    return waits
+
+
+def test_where_one_commit_follows_the_other_they_are_woken_for_together():
+    found = waits(range(2000))
+    assert found.count(0) < 150
+    assert 15 <= max(found) <= 21  # a tenth of a second
+
+
+def test_a_burst_makes_none_of_those_late_that_come_now_and_then_after_it():
+    sparse = [400 + 13 * n for n in range(100)]
+    assert max(waits([*range(200), *sparse])[200:]) <= 4
+
+
 @pytest.mark.parametrize("kind", ["postgresql", "mariadb"], indirect=True)
 def test_where_there_is_no_count_the_watch_ends(engine):
     watch = Watch(engine, SimpleQueue().put)
