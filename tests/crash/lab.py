@@ -297,11 +297,11 @@ class Lab:
             session.commit()
         return ids
 
-    def schedule_mixed(self, count: int) -> None:
-        """Schedule jobs of each plain kind, which take a few milliseconds."""
+    def schedule_mixed(self, count: int, *, longest: float = 0.01) -> None:
+        """Schedule jobs of each plain kind, which take no more than ``longest`` seconds."""
         for kind, function in enumerate(ledger.PLAIN):
             share = len(range(kind, count, len(ledger.PLAIN)))
-            self.schedule(function, share, seconds=self.chance.uniform(0, 0.01))
+            self.schedule(function, share, seconds=self.chance.uniform(0, longest))
 
     def open_gate(self, job_id: int, attempt: int) -> None:
         (self.folder / f"gate-{job_id}-{attempt}").touch()
@@ -363,11 +363,11 @@ class Lab:
 
     # --- what is left of it
 
-    def storm(self, strikes: int, jobs: int, strike: Callable[[int], None]) -> None:
+    def storm(self, strikes: int, jobs: int, strike: Callable[[int], None], *, longest: float = 0.01) -> None:
         """Strike that often, at random moments, while as many jobs are scheduled and run; wait until all have ended."""
         share = -(-jobs // strikes)
         for number in range(1, strikes + 1):
-            self.schedule_mixed(min(share, jobs))
+            self.schedule_mixed(min(share, jobs), longest=longest)
             jobs -= min(share, jobs)
             strike_at = monotonic() + self.chance.uniform(0, 0.4)
             self.until(lambda at=strike_at: monotonic() >= at)
