@@ -54,7 +54,7 @@ def pool(method, processes=2, **settings):
 
 def loky_pool():
     loky = pytest.importorskip("loky", reason="loky is not installed")
-    return loky.ProcessPoolExecutor(2, timeout=60)
+    return loky.ProcessPoolExecutor(2, timeout=600)  # one that has long had nothing to do ends, and warns of it
 
 
 @contextmanager
