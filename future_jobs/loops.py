@@ -233,7 +233,7 @@ class Loop:
             self._stale_after = 0.0
 
     def _prune(self, retention: timedelta) -> None:
-        before = self.context.time() - retention
+        before = self.now() - retention
 
         def work(connection: Connection) -> int:
             return statements.prune(connection, before=before, statuses=[Status.COMPLETE], limit=PRUNE_LIMIT)

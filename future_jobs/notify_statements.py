@@ -31,7 +31,7 @@ def notify(connection: Connection, levels: Sequence[Level]) -> None:
 
 def levels_in(payload: str) -> list[Level]:
     """Return the levels that a notification tells of; none, if one is to look, or anybody else has sent it."""
-    with suppress(ValueError, TypeError, RecursionError):  # of ours there are none
+    with suppress(ValueError, TypeError, RecursionError):  # what others write may be anything
         return [_level(*each) for each in json.loads(payload)]
     return []
 

@@ -29,20 +29,20 @@ class Deadline:
     """When a worker that was told to stop waits for nothing any more; never, until it is."""
 
     def __init__(self) -> None:
-        self.at = math.inf
+        self._at = math.inf
 
     @property
     def is_set(self) -> bool:
         """Whether it was told to stop."""
-        return self.at < math.inf
+        return self._at < math.inf
 
     def within(self, seconds: float) -> None:
         """Let it be no later than in so many ``seconds``."""
-        self.at = min(self.at, monotonic() + seconds)
+        self._at = min(self._at, monotonic() + seconds)
 
     def left(self) -> float:
         """Return how many seconds are left; none or less, if it is over."""
-        return self.at - monotonic()
+        return self._at - monotonic()
 
 
 class PatientUnits(Units):

@@ -1,6 +1,7 @@
 """Recording a failure cannot fail, on any database."""
 
 import threading
+from contextlib import nullcontext
 
 import pytest
 from sqlalchemy import create_engine, delete, select
@@ -31,6 +32,32 @@ def test_whatever_is_raised_is_recorded_in_bounds(scheduler, session, now, calls
         "recurse": "RecursionError",
     }
     assert expected.get(name, "") in bad.error
+
+
+@pytest.mark.parametrize("is_raised", [True, False])
+def test_a_query_that_was_read_in_part_keeps_nobody_from_recording_the_failure(
+    scheduler, session, now, kept, is_raised
+):
+    job = scheduler.schedule(now, "tests.jobs.fail_having_read_in_part")
+    with pytest.raises(ValueError, match="in part") if is_raised else nullcontext():
+        scheduler.run_due(now, ignore_errors=not is_raised)
+    assert (job.status, job.error.splitlines()[-1]) == ("failed", "ValueError: in part")
+
+
+def test_nor_does_it_in_a_worker(engine, scheduler, session, kept):
+    job = scheduler.enqueue("tests.jobs.fail_having_read_in_part")
+    session.commit()
+    Worker(engine, max_jobs=1).run()
+    session.refresh(job)
+    assert (job.status, job.error.splitlines()[-1]) == ("failed", "ValueError: in part")
+
+
+def test_the_functions_of_a_failure_keep_their_locals(scheduler, session, now, kept):
+    """For whoever catches it, and trackers of errors."""
+    scheduler.schedule(now, "tests.jobs.fail_having_read_in_part")
+    with pytest.raises(ValueError, match="in part") as caught:
+        scheduler.run_due(now)
+    assert caught.traceback[-1].locals["session"] is not session
 
 
 @pytest.fixture
