@@ -134,7 +134,7 @@ class _Note:
 
     def covers(self, other: _Note) -> bool:
         """Tell whether who has heard of this need not hear of ``other``."""
-        if not self.told:
+        if self.is_vague:
             return True
         known = self.levels
         return bool(other.told) and all(at in known and known[at] <= other.levels[at] for at in other.levels)
@@ -173,8 +173,10 @@ def announce(session: Session, connection: Connection, jobs: Iterable[Mapping[st
         return
     soon = news.until(now + within)
     if (soon.levels or soon.is_vague) and not _is_sent(soon, notes, transaction, connection):
-        notify_statements.notify(connection, soon.told)
         note.add(_Note(sent=soon))
+        assert note.sent is not None
+        note.sent.is_vague = not note.sent.told  # who is told of too much, at once or bit by bit, is told to look
+        notify_statements.notify(connection, soon.told if note.sent.told else [])
 
 
 def _noted(jobs: Iterable[Mapping[str, Any]]) -> _Note:

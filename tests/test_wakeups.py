@@ -335,6 +335,19 @@ def test_who_is_told_to_look_for_everything_is_told_nothing_more(scheduler, sess
 
 
 @postgresql
+def test_who_has_been_told_of_many_places_one_by_one_is_told_to_look_in_the_end(scheduler, session, said, inbox):
+    for n in range(wakeups.MOST_LEVELS + 4):
+        scheduler.enqueue("tests.jobs.record", queue=f"q{n}")
+    session.commit()
+    told = inbox()
+    assert [[level.queue for level in levels] for levels in told] == [
+        *([f"q{n}"] for n in range(wakeups.MOST_LEVELS)),
+        [],
+    ]
+    assert len(said) == len(told)
+
+
+@postgresql
 def test_of_what_is_scheduled_together_only_what_is_for_now_is_notified_of(session, engine, inbox, now):
     notify_workers(engine)
     rows = [
